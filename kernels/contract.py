@@ -1,0 +1,88 @@
+"""The block kernel contract: what every implementation computes, and the names it uses.
+
+One block is the attention of one device's queries with one shard of keys and values. A forward kernel folds the block
+into running state; a backward kernel gives that block's share of the gradients. Shapes use the letters of
+`jax.nn.dot_product_attention`: B batch, T queries, S keys, N query heads, K key/value heads (K divides N), H head dim.
+"""
+
+import dataclasses
+from typing import NamedTuple, Protocol
+
+import jax
+from jaxtyping import Array, Float, Float32, Int32
+
+
+class AttentionState(NamedTuple):
+    """Running result of attention over the keys seen so far (FlashAttention-2, arXiv:2307.08691, algorithm 1).
+
+    The output is normalised: `output = sum_s exp(scores_s - lse) value_s` over the keys seen. A row that has seen no
+    key has `output = 0` and `lse = -inf`. `lse` is the natural logarithm of the sum of exponentiated scaled scores.
+    """
+
+    output: Float32[Array, "B T N H"]
+    lse: Float32[Array, "B N T"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockMask:
+    """Which query-key pairs of one block attend, said by positions and segment ids and never by a dense matrix.
+
+    A pair is visible when `not is_causal or q_position >= k_position`, and, if segment ids are given, when both ids are
+    equal and not 0 (0 is padding). Segment ids are given for both sides or for neither.
+    """
+
+    q_positions: Int32[Array, " T"]
+    k_positions: Int32[Array, " S"]
+    q_segment_ids: Int32[Array, "B T"] | None
+    k_segment_ids: Int32[Array, "B S"] | None
+    is_causal: bool = dataclasses.field(metadata=dict(static=True))
+
+
+class Gradients(NamedTuple):
+    """Gradients of one block, all float32: `dq` is the given `dq` plus this block's share, `dk` and `dv` are new."""
+
+    dq: Float32[Array, "B T N H"]
+    dk: Float32[Array, "B S K H"]
+    dv: Float32[Array, "B S K H"]
+
+
+class BlockKernel(Protocol):
+    """What a module in this folder offers to be an implementation.
+
+    `scale` multiplies query-key products. Inputs `query`, `key`, `value`, `d_out` share one dtype (float32, bfloat16,
+    float16); all statistics and accumulators are float32, and float32 inputs are multiplied in float32, never TF32.
+    Rows with nothing to attend to keep `output = 0`, `lse = -inf` and get zero, finite gradients.
+    """
+
+    def forward(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K H"],
+        state: AttentionState,
+        mask: BlockMask,
+        *,
+        scale: float,
+    ) -> AttentionState:
+        """Continues the online softmax of `state` over this block; an implementation updates `state` in place."""
+        ...
+
+    def backward(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K H"],
+        d_out: Float[Array, "B T N H"],
+        lse: Float32[Array, "B N T"],
+        delta: Float32[Array, "B N T"],
+        dq: Float32[Array, "B T N H"],
+        mask: BlockMask,
+        *,
+        scale: float,
+    ) -> Gradients:
+        """This block's gradients from the final `lse` of the whole ring and `delta = rowsum(d_out * output) - d_lse`.
+
+        The share of `dq` is added to the given `dq`, in place where the implementation can.
+        """
+        ...
