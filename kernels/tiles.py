@@ -13,6 +13,7 @@ empty or full, never the other way round. Tiles that reach past the end of an ar
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Int32
 
 from .contract import BlockMask
@@ -21,7 +22,7 @@ _INT32_MAX = jnp.iinfo(jnp.int32).max
 
 
 class TileRanges(NamedTuple):
-    """Column tiles of every row tile, see the module's text. The leading dim is 1 where no segment ids are given."""
+    """Column tiles of every row tile, see the module's text. The leading dim is 1 without segment ids or when merged."""
 
     start: Int32[Array, "B R"]
     full_start: Int32[Array, "B R"]
@@ -36,19 +37,25 @@ class _Extent(NamedTuple):
     high: Int32[Array, "B tiles"]
 
 
-def key_ranges(mask: BlockMask, q_tile: int, k_tile: int) -> TileRanges:
-    """For every tile of `q_tile` queries, the tiles of `k_tile` keys to visit."""
-    empty, full = _classify(mask, q_tile, k_tile)
+def key_ranges(mask: BlockMask, q_tile: int, k_tile: int, *, merge_batch: bool = False) -> TileRanges:
+    """For every tile of `q_tile` queries, the tiles of `k_tile` keys to visit.
+
+    With `merge_batch` one set of ranges serves all rows of the batch: a tile is visited if any row needs it, and full
+    if it is full in all of them.
+    """
+    empty, full = _classify(mask, q_tile, k_tile, merge_batch)
     return _ranges(empty, full)
 
 
-def query_ranges(mask: BlockMask, q_tile: int, k_tile: int) -> TileRanges:
-    """For every tile of `k_tile` keys, the tiles of `q_tile` queries to visit."""
-    empty, full = _classify(mask, q_tile, k_tile)
+def query_ranges(mask: BlockMask, q_tile: int, k_tile: int, *, merge_batch: bool = False) -> TileRanges:
+    """For every tile of `k_tile` keys, the tiles of `q_tile` queries to visit. `merge_batch` as in `key_ranges`."""
+    empty, full = _classify(mask, q_tile, k_tile, merge_batch)
     return _ranges(empty.swapaxes(1, 2), full.swapaxes(1, 2))
 
 
-def _classify(mask: BlockMask, q_tile: int, k_tile: int) -> tuple[Bool[Array, "B Q K"], Bool[Array, "B Q K"]]:
+def _classify(
+    mask: BlockMask, q_tile: int, k_tile: int, merge_batch: bool
+) -> tuple[Bool[Array, "B Q K"], Bool[Array, "B Q K"]]:
     """Whether each pair of tiles is surely empty, and whether it is surely full."""
     num_queries, num_keys = mask.q_positions.shape[0], mask.k_positions.shape[0]
     shape = (1, -(-num_queries // q_tile), -(-num_keys // k_tile))
@@ -67,11 +74,14 @@ def _classify(mask: BlockMask, q_tile: int, k_tile: int) -> tuple[Bool[Array, "B
         empty |= nothing | apart | (k_docs.high[:, None, :] < q_docs.low[:, :, None])
         one_document = ((q.low == q.high) & (q.low != 0))[:, :, None] & (k.low == k.high)[:, None, :]
         full &= one_document & (q.low[:, :, None] == k.low[:, None, :])
-    return empty, full & ~empty
+    full &= ~empty
+    if merge_batch:
+        return empty.all(axis=0, keepdims=True), full.all(axis=0, keepdims=True)
+    return empty, full
 
 
 def _ranges(empty: Bool[Array, "B R C"], full: Bool[Array, "B R C"]) -> TileRanges:
-    columns = jnp.arange(empty.shape[-1], dtype=jnp.int32)
+    columns = lax.broadcasted_iota(jnp.int32, empty.shape, 2)
     num_columns = empty.shape[-1]
     start = jnp.min(jnp.where(empty, num_columns, columns), axis=-1)
     end = jnp.max(jnp.where(empty, 0, columns + 1), axis=-1)

@@ -1,1 +1,11 @@
-"""Exact ring attention for JAX."""
+"""Exact ring attention for JAX: long sequences sharded over devices."""
+
+from .attention import STRATEGIES as STRATEGIES
+from .attention import ring_attention as ring_attention
+from .attention import ring_attention_shard as ring_attention_shard
+from .kernels import IMPLEMENTATIONS as IMPLEMENTATIONS
+from .layouts import LAYOUTS as LAYOUTS
+from .layouts import from_layout as from_layout
+from .layouts import layout_positions as layout_positions
+from .layouts import to_layout as to_layout
+from .ring import SAVED_NAMES as SAVED_NAMES

@@ -1,0 +1,234 @@
+"""The portable block kernel: plain JAX, tiled inside the block, for every platform XLA knows.
+
+Queries are walked tile by tile, and for each of them only the key tiles that can be seen (FlashAttention-2,
+arXiv:2307.08691); full tiles skip the mask. Never more than one tile of scores exists at a time.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from .contract import AttentionState, BlockMask, Gradients
+from .tiles import TileRanges, key_ranges, query_ranges
+from .varying import match_varying
+
+_MAX_TILE_SIDE = 512
+_MIN_TILE_SIDE = 16
+_MAX_TILE_SCORES = 2**20  # 4 MiB of float32 scores: stays in a CPU's last cache
+
+
+class _Block(NamedTuple):
+    """A block padded to whole tiles, heads first: G = N / K query heads share a key/value head."""
+
+    q: Float[Array, "B K G T H"]
+    k: Float[Array, "B K S H"]
+    v: Float[Array, "B K S H"]
+    mask: BlockMask
+    q_tile: int
+    k_tile: int
+
+
+def unsupported_reason(dtype: jnp.dtype, head_dim: int) -> str | None:
+    """None: this implementation takes every dtype and head dim of the contract."""
+    del dtype, head_dim
+    return None
+
+
+def forward(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    state: AttentionState,
+    mask: BlockMask,
+    *,
+    scale: float,
+) -> AttentionState:
+    """See `contract.BlockKernel.forward`."""
+    num_queries, num_kv_heads = query.shape[1], key.shape[2]
+    block = _block(query, key, value, mask)
+    ranges = key_ranges(mask, block.q_tile, block.k_tile, merge_batch=True)
+    output = _pad_dim(_heads_first(state.output, num_kv_heads), 3, block.q_tile)
+    lse = _pad_dim(_group_heads(state.lse, num_kv_heads), 3, block.q_tile, value=-jnp.inf)
+
+    def query_tile(index: Int32[Array, ""], carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        output, lse = carry
+        at = index * block.q_tile
+        q = _tile(block.q, at, block.q_tile, 3)
+        old_lse = _tile(lse, at, block.q_tile, 3)
+        # The state so far is one more "key" with weight exp(lse - lse) = 1, or none at all.
+        running = (old_lse, (old_lse > -jnp.inf).astype(jnp.float32), _tile(output, at, block.q_tile, 3))
+
+        def key_tile(masked: bool, k_index: Int32[Array, ""], running: tuple[Array, ...]) -> tuple[Array, ...]:
+            top, total, acc = running
+            k, v = _key_value_tiles(block, k_index)
+            scores = scale * _dot("bkgth,bksh->bkgts", q, k)
+            if masked:
+                scores = jnp.where(_visible(block, index, k_index), scores, -jnp.inf)
+            new_top = jnp.maximum(top, scores.max(axis=-1))
+            shift = _finite(new_top)
+            keep = jnp.exp(top - shift)
+            probs = jnp.exp(scores - shift[..., None])
+            acc = acc * keep[..., None] + _dot("bkgts,bksh->bkgth", probs.astype(v.dtype), v)
+            return new_top, total * keep + probs.sum(axis=-1), acc
+
+        top, total, acc = _walk(jax.tree.map(lambda r: r[0, index], ranges), key_tile, running)
+        seen = total > 0
+        safe_total = jnp.where(seen, total, 1.0)
+        output = lax.dynamic_update_slice_in_dim(output, acc / safe_total[..., None], at, 3)
+        new_lse = jnp.where(seen, top + jnp.log(safe_total), -jnp.inf)
+        return output, lax.dynamic_update_slice_in_dim(lse, new_lse, at, 3)
+
+    output, lse = lax.fori_loop(0, ranges.start.shape[1], query_tile, (output, lse))
+    return AttentionState(_tokens_first(output)[:, :num_queries], lse[..., :num_queries].reshape(state.lse.shape))
+
+
+def backward(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    d_out: Float[Array, "B T N H"],
+    lse: Float32[Array, "B N T"],
+    delta: Float32[Array, "B N T"],
+    dq: Float32[Array, "B T N H"],
+    mask: BlockMask,
+    *,
+    scale: float,
+) -> Gradients:
+    """See `contract.BlockKernel.backward`. One pass, five products a tile; dK and dV of a tile are summed in place."""
+    num_queries, num_keys, num_kv_heads = query.shape[1], key.shape[1], key.shape[2]
+    block = _block(query, key, value, mask)
+    ranges = query_ranges(mask, block.q_tile, block.k_tile, merge_batch=True)
+    d_out = _pad_dim(_heads_first(d_out, num_kv_heads), 3, block.q_tile)
+    dq = _pad_dim(_heads_first(dq, num_kv_heads), 3, block.q_tile)
+    lse = _pad_dim(_finite(_group_heads(lse, num_kv_heads)), 3, block.q_tile)
+    delta = _pad_dim(_group_heads(delta, num_kv_heads), 3, block.q_tile)
+    batch, _, padded_keys, head_dim = block.k.shape
+    zeros = match_varying(jnp.zeros((batch, num_kv_heads, padded_keys, head_dim), jnp.float32), like=dq)
+
+    def key_tile(k_index: Int32[Array, ""], carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        dq, dk, dv = carry
+        k, v = _key_value_tiles(block, k_index)
+
+        def query_tile(masked: bool, index: Int32[Array, ""], carry: tuple[Array, ...]) -> tuple[Array, ...]:
+            dq, dk_tile, dv_tile = carry
+            at = index * block.q_tile
+            q, d_o = _tile(block.q, at, block.q_tile, 3), _tile(d_out, at, block.q_tile, 3)
+            scores = scale * _dot("bkgth,bksh->bkgts", q, k)
+            probs = jnp.exp(scores - _tile(lse, at, block.q_tile, 3)[..., None])
+            if masked:
+                probs = jnp.where(_visible(block, index, k_index), probs, 0.0)
+            d_probs = _dot("bkgth,bksh->bkgts", d_o, v)
+            d_scores = (scale * probs * (d_probs - _tile(delta, at, block.q_tile, 3)[..., None])).astype(q.dtype)
+            dv_tile += _dot("bkgts,bkgth->bksh", probs.astype(q.dtype), d_o)
+            dk_tile += _dot("bkgts,bkgth->bksh", d_scores, q)
+            share = _tile(dq, at, block.q_tile, 3) + _dot("bkgts,bksh->bkgth", d_scores, k)
+            return lax.dynamic_update_slice_in_dim(dq, share, at, 3), dk_tile, dv_tile
+
+        at = k_index * block.k_tile
+        start = (dq, _tile(dk, at, block.k_tile, 2), _tile(dv, at, block.k_tile, 2))
+        dq, dk_tile, dv_tile = _walk(jax.tree.map(lambda r: r[0, k_index], ranges), query_tile, start)
+        dk = lax.dynamic_update_slice_in_dim(dk, dk_tile, at, 2)
+        return dq, dk, lax.dynamic_update_slice_in_dim(dv, dv_tile, at, 2)
+
+    dq, dk, dv = lax.fori_loop(0, ranges.start.shape[1], key_tile, (dq, zeros, zeros))
+    return Gradients(
+        _tokens_first(dq)[:, :num_queries],
+        dk.transpose(0, 2, 1, 3)[:, :num_keys],
+        dv.transpose(0, 2, 1, 3)[:, :num_keys],
+    )
+
+
+def _walk(
+    ranges: TileRanges, tile: Callable[[bool, Int32[Array, ""], tuple[Array, ...]], tuple[Array, ...]], carry: tuple
+) -> tuple[Array, ...]:
+    """Visits the tiles of one row: with the mask, without it where every pair is visible, and with it again."""
+    for masked, first, last in (
+        (True, ranges.start, ranges.full_start),
+        (False, ranges.full_start, ranges.full_end),
+        (True, ranges.full_end, ranges.end),
+    ):
+        carry = lax.fori_loop(first, last, lambda i, c, masked=masked: tile(masked, i, c), carry)
+    return carry
+
+
+def _block(query: Array, key: Array, value: Array, mask: BlockMask) -> _Block:
+    q_tile, k_tile = _tile_sides(query.shape, key.shape)
+    # Padded queries and keys get segment id 0 where there are ids, and lie outside the last tile's length where not.
+    return _Block(
+        _pad_dim(_heads_first(query, key.shape[2]), 3, q_tile),
+        _pad_dim(key.transpose(0, 2, 1, 3), 2, k_tile),
+        _pad_dim(value.transpose(0, 2, 1, 3), 2, k_tile),
+        mask,
+        q_tile,
+        k_tile,
+    )
+
+
+def _tile_sides(query_shape: tuple[int, ...], key_shape: tuple[int, ...]) -> tuple[int, int]:
+    """Powers of two; one tile of scores, all heads counted, is far smaller than the dense matrix of a single head."""
+    batch, num_queries, num_heads, _ = query_shape
+    most = min(_MAX_TILE_SCORES, num_queries * key_shape[1] // 2)
+    side = _MAX_TILE_SIDE
+    while side > _MIN_TILE_SIDE and batch * num_heads * side * side > most:
+        side //= 2
+    return side, side
+
+
+def _visible(block: _Block, q_index: Int32[Array, ""], k_index: Int32[Array, ""]) -> Bool[Array, "B 1 1 q k"]:
+    mask, q_at, k_at = block.mask, q_index * block.q_tile, k_index * block.k_tile
+    num_keys = mask.k_positions.shape[0]
+    inside = k_at + jnp.arange(block.k_tile, dtype=jnp.int32) < num_keys
+    visible = jnp.broadcast_to(inside[None, None, :], (1, block.q_tile, block.k_tile))
+    if mask.is_causal:
+        q_pos = _tile(_pad_dim(mask.q_positions, 0, block.q_tile), q_at, block.q_tile, 0)
+        k_pos = _tile(_pad_dim(mask.k_positions, 0, block.k_tile), k_at, block.k_tile, 0)
+        visible &= (q_pos[:, None] >= k_pos[None, :])[None]
+    if mask.q_segment_ids is not None and mask.k_segment_ids is not None:
+        q_seg = _tile(_pad_dim(mask.q_segment_ids, 1, block.q_tile), q_at, block.q_tile, 1)
+        k_seg = _tile(_pad_dim(mask.k_segment_ids, 1, block.k_tile), k_at, block.k_tile, 1)
+        visible = visible & ((q_seg[:, :, None] == k_seg[:, None, :]) & (q_seg != 0)[:, :, None])
+    return visible[:, None, None]
+
+
+def _key_value_tiles(block: _Block, index: Int32[Array, ""]) -> tuple[Array, Array]:
+    at = index * block.k_tile
+    return _tile(block.k, at, block.k_tile, 2), _tile(block.v, at, block.k_tile, 2)
+
+
+def _dot(equation: str, x: Array, y: Array) -> Array:
+    """A product with float32 sums, whatever the inputs; float32 inputs are never rounded to TF32."""
+    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32, precision=lax.Precision.HIGHEST)
+
+
+def _finite(lse: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """-inf, a row without keys, as 0: exp(-inf - 0) is 0 where exp(-inf + inf) would be NaN."""
+    return jnp.where(lse == -jnp.inf, 0.0, lse)
+
+
+def _tile(x: Array, at: Int32[Array, ""], size: int, dim: int) -> Array:
+    return lax.dynamic_slice_in_dim(x, at, size, dim)
+
+
+def _pad_dim(x: Array, dim: int, tile: int, value: float = 0) -> Array:
+    missing = -x.shape[dim] % tile
+    pads = [(0, missing if d == dim else 0) for d in range(x.ndim)]
+    return jnp.pad(x, pads, constant_values=value) if missing else x
+
+
+def _heads_first(x: Float[Array, "B T N H"], num_kv_heads: int) -> Float[Array, "B K G T H"]:
+    batch, tokens, num_heads, head_dim = x.shape
+    grouped = x.reshape(batch, tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    return grouped.transpose(0, 2, 3, 1, 4)
+
+
+def _tokens_first(x: Float[Array, "B K G T H"]) -> Float[Array, "B T N H"]:
+    batch, num_kv_heads, group, tokens, head_dim = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, num_kv_heads * group, head_dim)
+
+
+def _group_heads(x: Float32[Array, "B N T"], num_kv_heads: int) -> Float32[Array, "B K G T"]:
+    return x.reshape(x.shape[0], num_kv_heads, -1, x.shape[2])
