@@ -7,6 +7,8 @@ at its owner after N hops. What each step computes is the kernels' business, see
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,30 @@ from .layouts import shard_positions
 
 # Names of the two residuals that a remat policy can save, so that the backward pass need not run the forward ring.
 SAVED_NAMES = ("ring_attention_output", "ring_attention_lse")
+
+
+# Rings of more steps are compiled as a loop; at 16 a training step's compile time is still that of its other parts.
+MAX_UNROLLED_STEPS = 16
+
+Step = int | Int32[Array, ""]
+
+
+class Block(NamedTuple):
+    """What travels round the ring."""
+
+    key: Float[Array, "B T K H"]
+    value: Float[Array, "B T K H"]
+    segment_ids: Int32[Array, "B T"] | None
+
+
+class BlockGradients(NamedTuple):
+    """What travels with a block in the backward ring, until its owner has the sum over all devices."""
+
+    dk: Float32[Array, "B T K H"]
+    dv: Float32[Array, "B T K H"]
+
+
+Carry = tuple[Block, BlockGradients, Float32[Array, "B T N H"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,17 +88,22 @@ def _attend(
 ) -> tuple[Array, Array]:
     ring = _Ring(options, query.shape[1], segment_ids, gathered_positions)
     kernel = kernels.load(options.implementation)
+
+    def compute(step: Step, block: Block, state: AttentionState) -> AttentionState:
+        return kernel.forward(query, block.key, block.value, state, ring.mask(step, block), scale=options.scale)
+
+    def compute_and_pass_on(step: Step, carry: tuple[Block, AttentionState]) -> tuple[Block, AttentionState]:
+        block, state = carry
+        arriving = rotate(block, options.axis_name)
+        # Without the barrier XLA starts every hop at once and keeps all keys and values of the sequence.
+        return lax.optimization_barrier((arriving, compute(step, block, state)))
+
     zeros = jnp.zeros(query.shape, jnp.float32)
     nothing = jnp.full((query.shape[0], query.shape[2], query.shape[1]), -jnp.inf, jnp.float32)
     state = AttentionState(*match_varying((zeros, nothing), like=query))
-    block = (key, value, segment_ids)
-    for step in range(ring.size):
-        is_last = step == ring.size - 1
-        arriving = None if is_last else rotate(block, options.axis_name)
-        state = kernel.forward(query, block[0], block[1], state, ring.mask(step, block[2]), scale=options.scale)
-        if not is_last:
-            # Without the barrier XLA starts every hop at once and keeps all keys and values of the sequence.
-            block, state = lax.optimization_barrier((arriving, state))
+    carry = Block(key, value, segment_ids), state
+    block, state = _repeat(compute_and_pass_on, carry, first=0, last=ring.size - 1)
+    state = compute(ring.size - 1, block, state)
     return state.output.astype(query.dtype), state.lse
 
 
@@ -87,25 +118,61 @@ def _attend_backward(options: RingOptions, residuals: tuple, cotangents: tuple[A
     d_out, d_lse = cotangents
     ring = _Ring(options, query.shape[1], segment_ids, gathered_positions)
     kernel = kernels.load(options.implementation)
-    # d lse / d score is the probability itself, so the logsumexp's cotangent joins delta (FlashAttention-2, section 2.2).
-    delta = jnp.einsum("btnh,btnh->bnt", d_out, output, preferred_element_type=jnp.float32) - d_lse
+    # d lse / d score is the probability itself: the logsumexp's cotangent joins delta (FlashAttention-2, section 2.2).
+    delta = jnp.sum(d_out.astype(jnp.float32) * output.astype(jnp.float32), axis=-1).swapaxes(1, 2) - d_lse
+
+    def compute(step: Step, block: Block, dq: Array) -> tuple[Array, BlockGradients]:
+        mask = ring.mask(step, block)
+        dq, dk, dv = kernel.backward(query, block.key, block.value, d_out, lse, delta, dq, mask, scale=options.scale)
+        return dq, BlockGradients(dk, dv)
+
+    def compute_and_pass_on(step: Step, carry: Carry) -> Carry:
+        block, gradients, dq = carry
+        # The gradients that the previous step added to travel under this step's kernel, beside the next block; this
+        # step's share is added on arrival.
+        arriving, arriving_gradients = rotate((block, gradients), options.axis_name)
+        dq, share = compute(step, block, dq)
+        return lax.optimization_barrier((arriving, jax.tree.map(jnp.add, arriving_gradients, share), dq))
+
+    def compute_last(block: Block, gradients: BlockGradients, dq: Array) -> tuple[Array, BlockGradients]:
+        arriving_gradients = rotate(gradients, options.axis_name)
+        dq, share = compute(ring.size - 1, block, dq)
+        return dq, rotate(jax.tree.map(jnp.add, arriving_gradients, share), options.axis_name)
+
+    block = Block(key, value, segment_ids)
     dq = match_varying(jnp.zeros(query.shape, jnp.float32), like=query)
-    block, block_gradients = (key, value, segment_ids), None
-    for step in range(ring.size):
-        is_last = step == ring.size - 1
-        # What the previous step added to travels now, under this step's kernel; this step's share is added on arrival.
-        arriving = None if is_last else rotate(block, options.axis_name)
-        arriving_gradients = None if block_gradients is None else rotate(block_gradients, options.axis_name)
-        mask = ring.mask(step, block[2])
-        dq, *share = kernel.backward(query, block[0], block[1], d_out, lse, delta, dq, mask, scale=options.scale)
-        block_gradients = share if arriving_gradients is None else jax.tree.map(jnp.add, arriving_gradients, share)
-        if not is_last:
-            block, block_gradients, dq = lax.optimization_barrier((arriving, block_gradients, dq))
-    dk, dv = rotate(block_gradients, options.axis_name)
+    if ring.size == 1:
+        dq, (dk, dv) = compute(0, block, dq)
+    else:
+        arriving = rotate(block, options.axis_name)
+        dq, gradients = compute(0, block, dq)
+        carry = lax.optimization_barrier((arriving, gradients, dq))
+        block, gradients, dq = _repeat(compute_and_pass_on, carry, first=1, last=ring.size - 1)
+        dq, (dk, dv) = compute_last(block, gradients, dq)
     return dq.astype(query.dtype), dk.astype(key.dtype), dv.astype(value.dtype), None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _repeat[C](step_fn: Callable[[Step, C], C], carry: C, *, first: int, last: int) -> C:
+    """Runs the steps `first` to `last - 1`: written out one by one, or in a loop where that would compile too long.
+
+    An iteration of the loop makes two hops, out of one pair of buffers and back into it: with one hop XLA would have to
+    copy the keys and values that arrived into the loop's own buffers at every step.
+    """
+    if last - first > MAX_UNROLLED_STEPS:
+        pairs = (last - first) // 2
+
+        def two_steps(pair: Int32[Array, ""], carry: C) -> C:
+            step = first + 2 * pair
+            return step_fn(step + 1, step_fn(step, carry))
+
+        carry = lax.fori_loop(0, pairs, two_steps, carry)
+        first += 2 * pairs
+    for step in range(first, last):
+        carry = step_fn(step, carry)
+    return carry
 
 
 class _Ring:
@@ -117,10 +184,10 @@ class _Ring:
         self._options, self._shard_len = options, shard_len
         self._segment_ids, self._gathered_positions = segment_ids, gathered_positions
 
-    def mask(self, step: int, block_segment_ids: Int32[Array, "B T"] | None) -> BlockMask:
+    def mask(self, step: Step, block: Block) -> BlockMask:
         owner = (self._rank - step) % self.size
         own, theirs = self._positions(self._rank), self._positions(owner)
-        return BlockMask(own, theirs, self._segment_ids, block_segment_ids, self._options.is_causal)
+        return BlockMask(own, theirs, self._segment_ids, block.segment_ids, self._options.is_causal)
 
     def _positions(self, rank: Int32[Array, ""]) -> Int32[Array, " T"]:
         if self._options.layout is None:
