@@ -1,0 +1,315 @@
+"""Triton kernels of one block of flash attention: forward, dQ, and dK/dV.
+
+Written for Ampere and newer NVIDIA GPUs; importing this module needs the `triton` package. One program computes one
+tile of queries (or of keys) of one head, and every pointer names an array in the layout of the block kernel contract:
+query, d_out, output, dq `[B, T, N, H]`; key, value, dk, dv `[B, S, K, H]`; lse, delta `[B, N, T]`. No program reads what
+another one writes, so results do not depend on scheduling: two runs give identical bits.
+
+The online softmax and its backward pass are those of FlashAttention-2 (arXiv:2307.08691, algorithms 1 and 2), with
+exponentials in base 2: `exp(scale * x - lse) = exp2(scale * log2(e) * x - lse * log2(e))`.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _tile_pointers(base, batch, head, first_row, num_rows, NUM_HEADS: tl.constexpr, ROWS: tl.constexpr,
+                   HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr):  # fmt: skip
+    """Pointers to a tile of `[B, rows, heads, H]` and which of them lie inside the array.
+
+    The offset of the tile is 64 bits wide, so arrays may hold more than 2^31 elements; inside a tile 32 bits suffice.
+    """
+    STRIDE: tl.constexpr = NUM_HEADS * HEAD_DIM
+    rows = tl.arange(0, ROWS)
+    dims = tl.arange(0, PADDED_DIM)
+    offset = (tl.cast(batch, tl.int64) * num_rows + first_row) * STRIDE + head * HEAD_DIM
+    inside = (first_row + rows < num_rows)[:, None] & (dims < HEAD_DIM)[None, :]
+    return base + offset + (rows[:, None] * STRIDE + dims[None, :]), inside
+
+
+@triton.jit
+def _load_tile(source, batch, head, first_row, num_rows, NUM_HEADS: tl.constexpr, ROWS: tl.constexpr,
+               HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, IS_WHOLE: tl.constexpr,
+               USE_TMA: tl.constexpr):  # fmt: skip
+    """The tile `[ROWS, PADDED_DIM]` from `first_row` on, zero beyond the last row and beyond the head dim.
+
+    `source` is a pointer, or with `USE_TMA` a descriptor of the array seen as `[B, rows, heads * H]`, where the copy
+    engine does the zero filling. `IS_WHOLE` promises that all rows exist.
+    """
+    if USE_TMA:
+        return source.load([batch, first_row, head * HEAD_DIM]).reshape([ROWS, HEAD_DIM])
+    else:
+        pointers, inside = _tile_pointers(
+            source, batch, head, first_row, num_rows, NUM_HEADS, ROWS, HEAD_DIM, PADDED_DIM
+        )
+        if not IS_WHOLE:
+            return tl.load(pointers, mask=inside, other=0.0)
+        elif HEAD_DIM == PADDED_DIM:
+            return tl.load(pointers)
+        else:
+            return tl.load(pointers, mask=(tl.arange(0, PADDED_DIM) < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def _store_tile(base, batch, head, first_row, num_rows, tile, NUM_HEADS: tl.constexpr, ROWS: tl.constexpr,
+                HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr):  # fmt: skip
+    pointers, inside = _tile_pointers(base, batch, head, first_row, num_rows, NUM_HEADS, ROWS, HEAD_DIM, PADDED_DIM)
+    tl.store(pointers, tile, mask=inside)
+
+
+@triton.jit
+def _load_ids(positions, segment_ids, first, length, batch, TOKENS: tl.constexpr, IS_CAUSAL: tl.constexpr,
+              HAS_SEGMENTS: tl.constexpr):  # fmt: skip
+    """Index, position and segment id of a tile's tokens. A token beyond the end has segment id 0: padding."""
+    index = first + tl.arange(0, TOKENS)
+    position = index
+    segment = index
+    if IS_CAUSAL:
+        position = tl.load(positions + index, mask=index < length, other=0)
+    if HAS_SEGMENTS:
+        segment = tl.load(segment_ids + tl.cast(batch, tl.int64) * length + index, mask=index < length, other=0)
+    return index, position, segment
+
+
+@triton.jit
+def _visible(q_index, q_position, q_segment, k_index, k_position, k_segment, num_queries, num_keys,
+             IS_CAUSAL: tl.constexpr, HAS_SEGMENTS: tl.constexpr):  # fmt: skip
+    """Which pairs attend; the two sides come shaped to broadcast against each other."""
+    visible = (q_index < num_queries) & (k_index < num_keys)
+    if IS_CAUSAL:
+        visible = visible & (q_position >= k_position)
+    if HAS_SEGMENTS:
+        visible = visible & (q_segment == k_segment) & (k_segment != 0)
+    return visible
+
+
+@triton.jit
+def _partial_tile(step, start, full_start, full_end):
+    """The `step`-th partial tile: those before the full ones, then those after."""
+    return tl.where(step < full_start - start, start + step, full_end + step - (full_start - start))
+
+
+@triton.jit
+def _softmax_step(acc, total, peak, query, key, value, exponent_scale, visible, MASKED: tl.constexpr,
+                  PRECISION: tl.constexpr):  # fmt: skip
+    """Folds one tile of keys into the running numerator, denominator and maximum (in units of log2)."""
+    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    if MASKED:
+        scores = tl.where(visible, scores * exponent_scale, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        # A row that has seen no key keeps the maximum -inf; subtracting 0 instead keeps NaN out.
+        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weights = tl.exp2(scores - shift[:, None])
+        correction = tl.exp2(peak - shift)
+    else:
+        new_peak = tl.maximum(peak, tl.max(scores, 1) * exponent_scale)
+        weights = tl.exp2(scores * exponent_scale - new_peak[:, None])
+        correction = tl.exp2(peak - new_peak)
+    total = total * correction + tl.sum(weights, 1)
+    acc = acc * correction[:, None]
+    acc = tl.dot(weights.to(value.dtype), value, acc, input_precision=PRECISION)
+    return acc, total, new_peak
+
+
+@triton.jit
+def forward_kernel(query, key, value, q_positions, k_positions, q_segment_ids, k_segment_ids, starts, full_starts,
+                   full_ends, ends, output, lse, num_queries, num_keys, range_stride, scale,
+                   NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+                   PADDED_DIM: tl.constexpr, Q_TILE: tl.constexpr, K_TILE: tl.constexpr, IS_CAUSAL: tl.constexpr,
+                   HAS_SEGMENTS: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr):  # fmt: skip
+    """Grid (query tiles, N, B). Reads the running `output` and `lse`, continues the softmax, writes them back."""
+    # Under a causal mask the last queries meet the most keys: start with those, so that the short tiles fill the tail.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    kv_head = head // (NUM_HEADS // NUM_KV_HEADS)
+    start = tl.load(starts + batch * range_stride + tile)
+    full_start = tl.load(full_starts + batch * range_stride + tile)
+    full_end = tl.load(full_ends + batch * range_stride + tile)
+    end = tl.load(ends + batch * range_stride + tile)
+    if start < end:
+        first = tile * Q_TILE
+        q = _load_tile(query, batch, head, first, num_queries, NUM_HEADS, Q_TILE, HEAD_DIM, PADDED_DIM, False, USE_TMA)
+        acc = _load_tile(output, batch, head, first, num_queries, NUM_HEADS, Q_TILE, HEAD_DIM, PADDED_DIM, False, False)
+        rows = first + tl.arange(0, Q_TILE)
+        lse_pointers = lse + (tl.cast(batch, tl.int64) * NUM_HEADS + head) * num_queries + rows
+        peak = tl.load(lse_pointers, mask=rows < num_queries, other=float("-inf")) * LOG2_E
+        total = tl.where(peak == float("-inf"), 0.0, 1.0)
+        exponent_scale = scale * LOG2_E
+
+        for step in range(full_start, full_end):
+            k = _load_tile(key, batch, kv_head, step * K_TILE, num_keys, NUM_KV_HEADS, K_TILE, HEAD_DIM, PADDED_DIM, True, USE_TMA)
+            v = _load_tile(value, batch, kv_head, step * K_TILE, num_keys, NUM_KV_HEADS, K_TILE, HEAD_DIM, PADDED_DIM, True, USE_TMA)
+            acc, total, peak = _softmax_step(acc, total, peak, q, k, v, exponent_scale, True, False, PRECISION)
+
+        q_index, q_position, q_segment = _load_ids(
+            q_positions, q_segment_ids, first, num_queries, batch, Q_TILE, IS_CAUSAL, HAS_SEGMENTS
+        )
+        for step in range(0, (end - start) - (full_end - full_start)):
+            first_key = _partial_tile(step, start, full_start, full_end) * K_TILE
+            k = _load_tile(key, batch, kv_head, first_key, num_keys, NUM_KV_HEADS, K_TILE, HEAD_DIM, PADDED_DIM, False, USE_TMA)
+            v = _load_tile(value, batch, kv_head, first_key, num_keys, NUM_KV_HEADS, K_TILE, HEAD_DIM, PADDED_DIM, False, USE_TMA)
+            k_index, k_position, k_segment = _load_ids(
+                k_positions, k_segment_ids, first_key, num_keys, batch, K_TILE, IS_CAUSAL, HAS_SEGMENTS
+            )
+            visible = _visible(
+                q_index[:, None], q_position[:, None], q_segment[:, None],
+                k_index[None, :], k_position[None, :], k_segment[None, :],
+                num_queries, num_keys, IS_CAUSAL, HAS_SEGMENTS,
+            )  # fmt: skip
+            acc, total, peak = _softmax_step(acc, total, peak, q, k, v, exponent_scale, visible, True, PRECISION)
+
+        has_keys = total > 0.0
+        acc = acc * tl.where(has_keys, 1.0 / total, 0.0)[:, None]
+        new_lse = tl.where(has_keys, (peak + tl.log2(total)) * LN_2, float("-inf"))
+        _store_tile(output, batch, head, first, num_queries, acc, NUM_HEADS, Q_TILE, HEAD_DIM, PADDED_DIM)
+        tl.store(lse_pointers, new_lse, mask=rows < num_queries)
+
+
+@triton.jit
+def _load_statistics(lse, delta, row_offset, rows, num_queries):
+    """The rows' `lse` in units of log2, and `delta`. A row without keys, or past the end, gets +inf: all weights 0."""
+    inside = rows < num_queries
+    row_lse = tl.load(lse + row_offset + rows, mask=inside, other=float("-inf"))
+    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E)
+    return row_lse, tl.load(delta + row_offset + rows, mask=inside, other=0.0)
+
+
+@triton.jit
+def _dq_step(dq, query, d_out, key, value, row_lse, row_delta, exponent_scale, visible, MASKED: tl.constexpr,
+             PRECISION: tl.constexpr):  # fmt: skip
+    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    d_weights = tl.dot(d_out, tl.trans(value), input_precision=PRECISION)
+    weights = tl.exp2(scores * exponent_scale - row_lse[:, None])
+    if MASKED:
+        weights = tl.where(visible, weights, 0.0)
+    d_scores = weights * (d_weights - row_delta[:, None])
+    return tl.dot(d_scores.to(key.dtype), key, dq, input_precision=PRECISION)
+
+
+@triton.jit
+def dq_kernel(query, key, value, d_out, lse, delta, q_positions, k_positions, q_segment_ids, k_segment_ids, starts,
+              full_starts, full_ends, ends, dq, num_queries, num_keys, range_stride, scale, NUM_HEADS: tl.constexpr,
+              NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, Q_TILE: tl.constexpr,
+              K_TILE: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
+              PRECISION: tl.constexpr, USE_TMA: tl.constexpr):  # fmt: skip
+    """Grid (query tiles, N, B). Adds this block's share to `dq` in place."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    kv_head = head // (NUM_HEADS // NUM_KV_HEADS)
+    start = tl.load(starts + batch * range_stride + tile)
+    full_start = tl.load(full_starts + batch * range_stride + tile)
+    full_end = tl.load(full_ends + batch * range_stride + tile)
+    end = tl.load(ends + batch * range_stride + tile)
+    if start < end:
+        first = tile * Q_TILE
+        q = _load_tile(query, batch, head, first, num_queries, NUM_HEADS, Q_TILE, HEAD_DIM, PADDED_DIM, False, USE_TMA)
+        do = _load_tile(d_out, batch, head, first, num_queries, NUM_HEADS, Q_TILE, HEAD_DIM, PADDED_DIM, False, USE_TMA)
+        row_offset = (tl.cast(batch, tl.int64) * NUM_HEADS + head) * num_queries
+        row_lse, row_delta = _load_statistics(lse, delta, row_offset, first + tl.arange(0, Q_TILE), num_queries)
+        exponent_scale = scale * LOG2_E
+        acc = tl.zeros([Q_TILE, PADDED_DIM], dtype=tl.float32)
+
+        for step in range(full_start, full_end):
+            k = _load_tile(key, batch, kv_head, step * K_TILE, num_keys, NUM_KV_HEADS, K_TILE, HEAD_DIM, PADDED_DIM, True, USE_TMA)
+            v = _load_tile(value, batch, kv_head, step * K_TILE, num_keys, NUM_KV_HEADS, K_TILE, HEAD_DIM, PADDED_DIM, True, USE_TMA)
+            acc = _dq_step(acc, q, do, k, v, row_lse, row_delta, exponent_scale, True, False, PRECISION)
+
+        q_index, q_position, q_segment = _load_ids(
+            q_positions, q_segment_ids, first, num_queries, batch, Q_TILE, IS_CAUSAL, HAS_SEGMENTS
+        )
+        for step in range(0, (end - start) - (full_end - full_start)):
+            first_key = _partial_tile(step, start, full_start, full_end) * K_TILE
+            k = _load_tile(key, batch, kv_head, first_key, num_keys, NUM_KV_HEADS, K_TILE, HEAD_DIM, PADDED_DIM, False, USE_TMA)
+            v = _load_tile(value, batch, kv_head, first_key, num_keys, NUM_KV_HEADS, K_TILE, HEAD_DIM, PADDED_DIM, False, USE_TMA)
+            k_index, k_position, k_segment = _load_ids(
+                k_positions, k_segment_ids, first_key, num_keys, batch, K_TILE, IS_CAUSAL, HAS_SEGMENTS
+            )
+            visible = _visible(
+                q_index[:, None], q_position[:, None], q_segment[:, None],
+                k_index[None, :], k_position[None, :], k_segment[None, :],
+                num_queries, num_keys, IS_CAUSAL, HAS_SEGMENTS,
+            )  # fmt: skip
+            acc = _dq_step(acc, q, do, k, v, row_lse, row_delta, exponent_scale, visible, True, PRECISION)
+
+        given = _load_tile(dq, batch, head, first, num_queries, NUM_HEADS, Q_TILE, HEAD_DIM, PADDED_DIM, False, False)
+        acc = given + acc * scale
+        _store_tile(dq, batch, head, first, num_queries, acc, NUM_HEADS, Q_TILE, HEAD_DIM, PADDED_DIM)
+
+
+@triton.jit
+def _dkv_step(dk, dv, key, value, query, d_out, row_lse, row_delta, exponent_scale, visible, MASKED: tl.constexpr,
+              PRECISION: tl.constexpr):  # fmt: skip
+    """One tile of queries; scores and weights are transposed, `[keys, queries]`, as the two products need them."""
+    scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)
+    weights = tl.exp2(scores * exponent_scale - row_lse[None, :])
+    if MASKED:
+        weights = tl.where(visible, weights, 0.0)
+    d_weights = tl.dot(value, tl.trans(d_out), input_precision=PRECISION)
+    dv = tl.dot(weights.to(d_out.dtype), d_out, dv, input_precision=PRECISION)
+    d_scores = weights * (d_weights - row_delta[None, :])
+    dk = tl.dot(d_scores.to(query.dtype), query, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def dkv_kernel(query, key, value, d_out, lse, delta, q_positions, k_positions, q_segment_ids, k_segment_ids, starts,
+               full_starts, full_ends, ends, dk, dv, num_queries, num_keys, range_stride, scale,
+               NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+               Q_TILE: tl.constexpr, K_TILE: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
+               PRECISION: tl.constexpr, USE_TMA: tl.constexpr):  # fmt: skip
+    """Grid (key tiles, K, B). One program sums over all query heads of its group, so K and V are never repeated."""
+    tile = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    batch = tl.program_id(2)
+    GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
+    start = tl.load(starts + batch * range_stride + tile)
+    full_start = tl.load(full_starts + batch * range_stride + tile)
+    full_end = tl.load(full_ends + batch * range_stride + tile)
+    end = tl.load(ends + batch * range_stride + tile)
+    first = tile * K_TILE
+    acc_k = tl.zeros([K_TILE, PADDED_DIM], dtype=tl.float32)
+    acc_v = tl.zeros([K_TILE, PADDED_DIM], dtype=tl.float32)
+    if start < end:
+        k = _load_tile(key, batch, kv_head, first, num_keys, NUM_KV_HEADS, K_TILE, HEAD_DIM, PADDED_DIM, False, USE_TMA)
+        v = _load_tile(value, batch, kv_head, first, num_keys, NUM_KV_HEADS, K_TILE, HEAD_DIM, PADDED_DIM, False, USE_TMA)
+        k_index, k_position, k_segment = _load_ids(
+            k_positions, k_segment_ids, first, num_keys, batch, K_TILE, IS_CAUSAL, HAS_SEGMENTS
+        )
+        exponent_scale = scale * LOG2_E
+        for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
+            row_offset = (tl.cast(batch, tl.int64) * NUM_HEADS + head) * num_queries
+
+            for step in range(full_start, full_end):
+                first_query = step * Q_TILE
+                rows = first_query + tl.arange(0, Q_TILE)
+                q = _load_tile(query, batch, head, first_query, num_queries, NUM_HEADS, Q_TILE, HEAD_DIM, PADDED_DIM, True, USE_TMA)
+                row_lse, row_delta = _load_statistics(lse, delta, row_offset, rows, num_queries)
+                do = _load_tile(d_out, batch, head, first_query, num_queries, NUM_HEADS, Q_TILE, HEAD_DIM, PADDED_DIM, True, USE_TMA)
+                acc_k, acc_v = _dkv_step(
+                    acc_k, acc_v, k, v, q, do, row_lse, row_delta, exponent_scale, True, False, PRECISION
+                )
+
+            for step in range(0, (end - start) - (full_end - full_start)):
+                first_query = _partial_tile(step, start, full_start, full_end) * Q_TILE
+                q = _load_tile(query, batch, head, first_query, num_queries, NUM_HEADS, Q_TILE, HEAD_DIM, PADDED_DIM, False, USE_TMA)
+                do = _load_tile(d_out, batch, head, first_query, num_queries, NUM_HEADS, Q_TILE, HEAD_DIM, PADDED_DIM, False, USE_TMA)
+                q_index, q_position, q_segment = _load_ids(
+                    q_positions, q_segment_ids, first_query, num_queries, batch, Q_TILE, IS_CAUSAL, HAS_SEGMENTS
+                )
+                row_lse, row_delta = _load_statistics(lse, delta, row_offset, q_index, num_queries)
+                visible = _visible(
+                    q_index[None, :], q_position[None, :], q_segment[None, :],
+                    k_index[:, None], k_position[:, None], k_segment[:, None],
+                    num_queries, num_keys, IS_CAUSAL, HAS_SEGMENTS,
+                )  # fmt: skip
+                acc_k, acc_v = _dkv_step(
+                    acc_k, acc_v, k, v, q, do, row_lse, row_delta, exponent_scale, visible, True, PRECISION
+                )
+    _store_tile(dk, batch, kv_head, first, num_keys, acc_k * scale, NUM_KV_HEADS, K_TILE, HEAD_DIM, PADDED_DIM)
+    _store_tile(dv, batch, kv_head, first, num_keys, acc_v, NUM_KV_HEADS, K_TILE, HEAD_DIM, PADDED_DIM)

@@ -1,0 +1,79 @@
+"""Tile shapes of the Triton kernels: by compute capability, bytes per element and padded head dim.
+
+The numbers for sm_90 were measured on an H200. Those for sm_80 and sm_86/89 follow from shared memory (163 KiB and
+99 KiB per block) and from the compiler's register reports; nobody has timed them yet.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """One kernel's launch shape: queries and keys per tile, warps per program, stages of the load pipeline."""
+
+    q: int
+    k: int
+    num_warps: int
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        for name, value in (("q", self.q), ("k", self.k)):
+            if value < 16 or value & (value - 1):
+                raise ValueError(f"Tile.{name} must be a power of two of at least 16, got {value}")
+        if self.num_warps not in (1, 2, 4, 8, 16):
+            raise ValueError(f"Tile.num_warps must be 1, 2, 4, 8 or 16, got {self.num_warps}")
+        if self.num_stages < 1:
+            raise ValueError(f"Tile.num_stages must be at least 1, got {self.num_stages}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Launch shapes of the three kernels."""
+
+    forward: Tile
+    dq: Tile
+    dkv: Tile
+
+
+MAX_PADDED_HEAD_DIM = 256
+
+# Padded head dim -> tiles. Ampere's A100 (sm_80): 163 KiB of shared memory per block, mma.sync.
+_SM_80 = {
+    64: Tiles(forward=Tile(128, 64, 4, 3), dq=Tile(128, 64, 4, 2), dkv=Tile(64, 128, 4, 2)),
+    128: Tiles(forward=Tile(128, 64, 4, 2), dq=Tile(128, 64, 8, 2), dkv=Tile(64, 128, 8, 2)),
+    256: Tiles(forward=Tile(64, 32, 4, 2), dq=Tile(64, 32, 8, 2), dkv=Tile(32, 64, 8, 1)),
+}
+# Consumer and inference Ampere and Ada (sm_86, sm_89), and consumer Blackwell: 99 KiB of shared memory per block.
+_SM_86 = {
+    64: Tiles(forward=Tile(128, 64, 4, 2), dq=Tile(64, 64, 4, 2), dkv=Tile(64, 64, 4, 2)),
+    128: Tiles(forward=Tile(128, 32, 4, 2), dq=Tile(64, 32, 4, 2), dkv=Tile(32, 64, 4, 2)),
+    256: Tiles(forward=Tile(64, 32, 4, 1), dq=Tile(64, 16, 8, 1), dkv=Tile(16, 64, 8, 1)),
+}
+# Hopper (sm_90): 227 KiB, wgmma. Datacenter Blackwell (sm_100, sm_103) has as much shared memory.
+_SM_90 = {
+    64: Tiles(forward=Tile(128, 128, 8, 3), dq=Tile(128, 64, 8, 3), dkv=Tile(64, 128, 8, 3)),
+    128: Tiles(forward=Tile(128, 128, 8, 2), dq=Tile(128, 64, 8, 2), dkv=Tile(64, 128, 8, 2)),
+    256: Tiles(forward=Tile(128, 64, 8, 2), dq=Tile(64, 64, 8, 2), dkv=Tile(64, 64, 8, 1)),
+}
+# True float32 products run on the ordinary arithmetic units, where small tiles keep everything in registers.
+_FLOAT32 = {
+    64: Tiles(forward=Tile(64, 32, 8, 1), dq=Tile(64, 32, 8, 1), dkv=Tile(32, 64, 8, 1)),
+    128: Tiles(forward=Tile(32, 32, 8, 1), dq=Tile(32, 32, 8, 1), dkv=Tile(32, 32, 8, 1)),
+    256: Tiles(forward=Tile(32, 16, 8, 1), dq=Tile(32, 16, 8, 1), dkv=Tile(16, 32, 8, 1)),
+}
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The power of two, at least 16, that a head of `head_dim` occupies inside a kernel."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def choose_tiles(compute_capability: int, itemsize: int, head_dim: int) -> Tiles:
+    """Launch shapes for a GPU (`compute_capability` 80, 86, 89, 90, ...), bytes per input element, and head dim."""
+    row = max(64, padded_head_dim(head_dim))
+    assert row <= MAX_PADDED_HEAD_DIM
+    if itemsize == 4:
+        return _FLOAT32[row]
+    if compute_capability == 80:
+        return _SM_80[row]
+    return _SM_90[row] if compute_capability in (90, 100, 103) else _SM_86[row]

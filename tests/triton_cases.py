@@ -1,0 +1,147 @@
+"""Cases of block attention with carried state, and their float64 answers: the same for the interpreter and for a GPU.
+
+A case attends to two blocks of keys in turn, so the second one continues the state of the first; its backward pass
+takes both blocks from the final logsumexp and accumulates dQ. Arrays come from a seed, so a GPU machine can rebuild
+them beside a program that was exported elsewhere.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ring_jax.kernels.contract import AttentionState, BlockMask
+from ring_jax.kernels.reference import reference_attention, visible_pairs
+
+# DESIGN.md, "Precision": twice the error of dense attention in one piece plus this.
+ALLOWANCE = {"float32": 1e-6, "float16": 5e-4, "bfloat16": 4e-3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Shapes in the letters of the contract; `keys` is the length S of each of the two blocks."""
+
+    dtype: str = "bfloat16"
+    batch: int = 1
+    queries: int = 64
+    keys: int = 64
+    heads: int = 2
+    kv_heads: int = 2
+    head_dim: int = 64
+    is_causal: bool = True
+    has_segments: bool = False
+    # Queries of even and odd positions in two runs, as a striped or zigzag layout deals them.
+    shuffled: bool = False
+
+    def __str__(self) -> str:
+        mask = ("causal" if self.is_causal else "full") + "-docs" * self.has_segments + "-shuffled" * self.shuffled
+        sizes = f"B{self.batch}T{self.queries}S{self.keys}N{self.heads}K{self.kv_heads}H{self.head_dim}"
+        return f"{self.dtype}-{sizes}-{mask}"
+
+    @property
+    def scale(self) -> float:
+        return 1 / math.sqrt(self.head_dim)
+
+
+def arrays(case: Case) -> dict[str, Any]:
+    """Query, d_out, d_lse, the keys and values of both blocks together, positions and segment ids."""
+    rng = np.random.default_rng(sum(map(ord, str(case))))
+    q_shape = (case.batch, case.queries, case.heads, case.head_dim)
+    k_shape = (case.batch, 2 * case.keys, case.kv_heads, case.head_dim)
+    dtype = jnp.dtype(case.dtype)
+    result: dict[str, Any] = {
+        name: rng.standard_normal(shape, np.float32).astype(dtype)
+        for name, shape in (("query", q_shape), ("key", k_shape), ("value", k_shape), ("d_out", q_shape))
+    }
+    result["d_lse"] = rng.standard_normal((case.batch, case.heads, case.queries), np.float32)
+    k_positions = np.arange(2 * case.keys, dtype=np.int32)
+    # The queries are spread over the keys, from before the first one (a row without keys) to the last one.
+    q_positions = np.linspace(-3, 2 * case.keys - 1, case.queries).astype(np.int32)
+    if case.shuffled:
+        k_positions = np.concatenate([k_positions[::2], k_positions[1::2]])
+        q_positions = np.concatenate([q_positions[::2], q_positions[1::2]])
+    result |= {"q_positions": q_positions, "k_positions": k_positions, "q_segment_ids": None, "k_segment_ids": None}
+    if case.has_segments:
+        # Documents of 40 tokens, the last 10 positions padding; the rows of the batch start at different documents.
+        first = np.arange(1, case.batch + 1, dtype=np.int32)[:, None]
+        for side, positions in (("q", q_positions), ("k", k_positions)):
+            ids = first + positions[None].clip(0) // 40
+            result[f"{side}_segment_ids"] = np.where(positions[None] >= 2 * case.keys - 10, 0, ids).astype(np.int32)
+    return result
+
+
+def blocks(case: Case) -> Callable[..., dict[str, Any]]:
+    """The case as a function of its arrays, to be given an implementation's `forward` and `backward`."""
+
+    def run(forward: Any, backward: Any, data: dict[str, Any]) -> dict[str, Any]:
+        state = AttentionState(
+            jnp.zeros(data["query"].shape, jnp.float32),
+            jnp.full((case.batch, case.heads, case.queries), -jnp.inf, jnp.float32),
+        )
+        halves = [slice(0, case.keys), slice(case.keys, None)]
+        for half in halves:
+            k, v = data["key"][:, half], data["value"][:, half]
+            state = forward(data["query"], k, v, state, _mask(case, data, half), scale=case.scale)
+        d_out = data["d_out"].astype(jnp.float32)
+        delta = jnp.einsum("btnh,btnh->bnt", d_out, state.output, precision="highest") - data["d_lse"]
+        dq = jnp.zeros(data["query"].shape, jnp.float32)
+        grads = []
+        for half in halves:
+            k, v = data["key"][:, half], data["value"][:, half]
+            dq, dk, dv = backward(
+                data["query"], k, v, data["d_out"], state.lse, delta, dq, _mask(case, data, half), scale=case.scale
+            )
+            grads.append((dk, dv))
+        dk, dv = (jnp.concatenate(parts, axis=1) for parts in zip(*grads, strict=True))
+        return {"output": state.output, "lse": state.lse, "dq": dq, "dk": dk, "dv": dv}
+
+    return run
+
+
+def failures(case: Case, found: dict[str, np.ndarray]) -> list[str]:
+    """The results that miss the precision budget, said in words; none if all is well."""
+    data = arrays(case)
+    visible = visible_pairs(
+        data["q_positions"], data["k_positions"], data["q_segment_ids"], data["k_segment_ids"], is_causal=case.is_causal
+    )
+    inputs = [data[name] for name in ("query", "key", "value")]
+    cotangents = {"d_out": data["d_out"], "d_lse": data["d_lse"], "scale": case.scale}
+    exact = reference_attention(*inputs, visible, **cotangents)
+    dense = reference_attention(*inputs, visible, **cotangents, low_precision=jnp.dtype(case.dtype))
+    result = []
+    for name in ("output", "lse", "dq", "dk", "dv"):
+        want, baseline = getattr(exact, name), getattr(dense, name)
+        if not np.array_equal(np.isneginf(found[name]), np.isneginf(want)):
+            result.append(f"{name}: other entries are -inf")
+            continue
+        budget = 2 * error(baseline, want) + ALLOWANCE[case.dtype]
+        miss = error(found[name], want)
+        if not miss <= budget:
+            result.append(f"{name}: error {miss:.2e}, allowed {budget:.2e}")
+    return result
+
+
+def error(found: np.ndarray, want: np.ndarray) -> float:
+    """max|x - x64| / max|x64| over the finite entries of `want`."""
+    finite = np.isfinite(want)
+    return float(np.max(np.abs(found - want), where=finite, initial=0) / np.max(np.abs(want), where=finite, initial=0))
+
+
+def _mask(case: Case, data: dict[str, Any], half: slice) -> BlockMask:
+    k_segment_ids = data["k_segment_ids"]
+    return BlockMask(
+        data["q_positions"],
+        data["k_positions"][half],
+        data["q_segment_ids"],
+        None if k_segment_ids is None else k_segment_ids[:, half],
+        case.is_causal,
+    )
+
+
+def shapes(case: Case) -> dict[str, Any]:
+    """`arrays` as shapes and dtypes only."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays(case))
