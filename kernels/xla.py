@@ -32,10 +32,9 @@ class _Block(NamedTuple):
     k_tile: int
 
 
-def unsupported_reason(dtype: jnp.dtype, head_dim: int) -> str | None:
-    """None: this implementation takes every dtype and head dim of the contract."""
-    del dtype, head_dim
-    return None
+def unsupported_reason(compute_capability: int | None, head_dim: int, dtype: jax.typing.DTypeLike) -> None:
+    """None: this implementation runs on every device and takes every head dim and dtype of the contract."""
+    del compute_capability, head_dim, dtype
 
 
 def forward(
@@ -107,7 +106,9 @@ def backward(
     lse = _pad_dim(_finite(_group_heads(lse, num_kv_heads)), 3, block.q_tile)
     delta = _pad_dim(_group_heads(delta, num_kv_heads), 3, block.q_tile)
     batch, _, padded_keys, head_dim = block.k.shape
-    zeros = match_varying(jnp.zeros((batch, num_kv_heads, padded_keys, head_dim), jnp.float32), like=dq)
+    # Zeros that wait for this step's operands: constant ones would be filled at the start, for every step of a ring.
+    zero, dq = lax.optimization_barrier((match_varying(jnp.float32(0), like=dq), dq))
+    zeros = jnp.full((batch, num_kv_heads, padded_keys, head_dim), zero)
 
     def key_tile(k_index: Int32[Array, ""], carry: tuple[Array, ...]) -> tuple[Array, ...]:
         dq, dk, dv = carry
