@@ -113,6 +113,7 @@ def ring_attention(
     options = ring.RingOptions(
         axis_name=axes.seq,
         implementation=kernels.choose(implementation, axes.target, query.dtype, query.shape[3]),
+        target=axes.target,
         scale=_default_scale(scale, query.shape[3]),
         is_causal=bool(is_causal),
         layout=layout,
@@ -172,6 +173,7 @@ def ring_attention_shard(
     options = ring.RingOptions(
         axis_name=axis_name,
         implementation=kernels.choose(implementation, target, query.dtype, query.shape[3]),
+        target=target,
         scale=_default_scale(scale, query.shape[3]),
         is_causal=bool(is_causal),
         layout=None,
@@ -204,10 +206,13 @@ class _Axes:
         if x is None:
             return None
         explicit = _explicit_axes(jax.typeof(x).sharding.mesh)
+        if not explicit and self.is_context and isinstance(x, jax.core.Tracer) and not jax.typeof(x).sharding.mesh.empty:
+            # Inside `jax.sharding.auto_axes`, `device_put` would give cotangents the Explicit type of the mesh around.
+            return lax.with_sharding_constraint(x, spec)
         if not explicit:
             return jax.device_put(x, spec if self.is_context else NamedSharding(self.mesh, spec))
         # Explicit axes are part of the array's type, which only `reshard` gives back to its cotangent.
-        named = [tuple(axis for axis in names if axis in explicit) or None for names in spec]
+        named = [tuple(axis for axis in _names(names) if axis in explicit) or None for names in spec]
         return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*named)))
 
 
@@ -289,12 +294,14 @@ def _manual_axes(mesh: Mesh | AbstractMesh) -> set[Hashable]:
 
 def _target(mesh: Mesh | AbstractMesh) -> kernels.Target:
     if isinstance(mesh, Mesh):
-        device = mesh.devices.flat[0]
-        return kernels.Target(device.platform, device.device_kind)
-    device = mesh.abstract_device
-    if device is None:
-        return kernels.Target(jax.default_backend(), jax.devices()[0].device_kind)
-    return kernels.Target(device.platform or jax.default_backend(), device.device_kind)
+        return kernels.Target.of_device(mesh.devices.flat[0])
+    # The mesh of `jax.set_mesh`, seen inside `jit`, tells the kind of its devices but not the devices.
+    described = mesh.abstract_device
+    same_kind = [d for d in jax.devices() if described is None or d.device_kind == described.device_kind]
+    if same_kind:
+        return kernels.Target.of_device(same_kind[0])
+    assert described is not None
+    return kernels.Target.of_kind(described.platform or "gpu", described.device_kind)
 
 
 def _default_scale(scale: float | None, head_dim: int) -> float:

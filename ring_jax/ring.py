@@ -55,6 +55,7 @@ class RingOptions:
 
     axis_name: AxisName
     implementation: str
+    target: kernels.Target
     scale: float
     is_causal: bool
     layout: str | None
@@ -87,7 +88,7 @@ def _attend(
     gathered_positions: Int32[Array, "num_shards T"] | None,
 ) -> tuple[Array, Array]:
     ring = _Ring(options, query.shape[1], segment_ids, gathered_positions)
-    kernel = kernels.load(options.implementation)
+    kernel = kernels.load(options.implementation, options.target)
 
     def compute(step: Step, block: Block, state: AttentionState) -> AttentionState:
         return kernel.forward(query, block.key, block.value, state, ring.mask(step, block), scale=options.scale)
@@ -117,7 +118,7 @@ def _attend_backward(options: RingOptions, residuals: tuple, cotangents: tuple[A
     query, key, value, segment_ids, gathered_positions, output, lse = residuals
     d_out, d_lse = cotangents
     ring = _Ring(options, query.shape[1], segment_ids, gathered_positions)
-    kernel = kernels.load(options.implementation)
+    kernel = kernels.load(options.implementation, options.target)
     # d lse / d score is the probability itself: the logsumexp's cotangent joins delta (FlashAttention-2, section 2.2).
     delta = jnp.sum(d_out.astype(jnp.float32) * output.astype(jnp.float32), axis=-1).swapaxes(1, 2) - d_lse
 

@@ -1,0 +1,22 @@
+"""The XLA options that a ring needs to hide its hops."""
+
+import jax
+
+
+def compiler_options(platform: str | None = None) -> dict[str, bool | int]:
+    """XLA options for `jax.jit(compiler_options=...)` of a program with `ring_attention` in it.
+
+    On GPUs they let all the permutes of a step (K, V and in the backward ring dK, dV) run at once beside the kernel;
+    by default only one collective is asynchronous at a time, and before Hopper none is. Elsewhere there is nothing to
+    set.
+
+    Args:
+        platform: "gpu" (or "cuda"), "cpu", ...; the default backend's if None.
+    """
+    platform = jax.default_backend() if platform is None else platform
+    if platform not in ("gpu", "cuda"):
+        return {}
+    return {
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+        "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
+    }
