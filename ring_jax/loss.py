@@ -1,0 +1,129 @@
+"""Cross entropy from hidden states, in chunks: the logits of all tokens never exist at once, forward or backward."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Float32, Int, Shaped
+
+from .collectives import AxisName
+from .kernels import match_varying
+from .precision import matmul
+from .token_shards import from_chunks, map_token_shards, on_auto_axes, to_chunks
+
+
+def cross_entropy(
+    hidden: Float[Array, "B T D"],
+    unembedding: Float[Array, "D vocab"],
+    targets: Int[Array, "B T"],
+    *,
+    weights: Shaped[Array, "B T"] | None = None,
+    chunk_size: int = 1024,
+    seq_axis: AxisName = "seq",
+    batch_axis: AxisName | None = "data",
+) -> Float32[Array, ""]:
+    """Mean cross entropy of `softmax(hidden @ unembedding)` against `targets`, in nats per token.
+
+    The mean is over tokens, weighted: `sum(weights * loss) / sum(weights)` over all sequences and all shards, so a
+    document's share is its number of tokens, however it is sharded; it is 0 where all weights are 0. Each shard works
+    through its own tokens in chunks and computes the logits again for the gradients; at most
+    `[min(chunk_size, tokens / 4), vocab]` logits exist on a device. Logits and all statistics are float32; products
+    are taken in the dtype of `hidden`, and the gradient of `unembedding` is summed in float32.
+
+    Args:
+        hidden: final hidden states, sharded or not; any token order, the same as that of `targets`.
+        unembedding: maps hidden states to logits; sharding of its vocab dim over another mesh axis is kept.
+        targets: the id of each token's successor, `0 <= id < vocab`. An id out of range gives NaN unless its weight
+            is 0, so any id may stand for "nothing to predict" where the weight says so.
+        weights: the weight of each token's loss, any numeric or bool dtype; 1 for all if None. Not differentiated.
+        chunk_size: the most tokens of a shard whose logits are computed at once.
+        seq_axis: mesh axis, or tuple of axes, that T is sharded over in the mesh of `jax.set_mesh`. Without a mesh,
+            or inside `shard_map` over the axis, the mean is that of the tokens given.
+        batch_axis: the same for B.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together, or a dim that does not divide by its mesh axes.
+    """
+    _check(hidden, unembedding, targets, weights, chunk_size)
+
+    def mean(hidden: Array, unembedding: Array, targets: Array, weights: Array | None) -> Float32[Array, ""]:
+        losses = map_token_shards(
+            lambda tokens, kernel: _token_losses(chunk_size, tokens[0], kernel, tokens[1]),
+            (hidden, targets.astype(jnp.int32)),
+            unembedding,
+            batch_axis=batch_axis,
+            seq_axis=seq_axis,
+        )
+        if weights is None:
+            return losses.mean()
+        weights = lax.stop_gradient(weights.astype(jnp.float32))
+        total = jnp.where(weights == 0, 0, weights * jnp.where(weights == 0, 0, losses)).sum()
+        return total / jnp.where((weight := weights.sum()) == 0, 1, weight)
+
+    return on_auto_axes(mean, PartitionSpec())(hidden, unembedding, targets, weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _token_losses(
+    chunk_size: int, hidden: Float[Array, "B T D"], unembedding: Float[Array, "D vocab"], targets: Int[Array, "B T"]
+) -> Float32[Array, "B T"]:
+    """The loss of each token of one shard."""
+    return _token_losses_forward(chunk_size, hidden, unembedding, targets)[0]
+
+
+def _token_losses_forward(chunk_size: int, hidden: Array, unembedding: Array, targets: Array):
+    def chunk_losses(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
+        logits = _logits(chunk[0], unembedding)
+        lse = jax.nn.logsumexp(logits, axis=-1)
+        chosen = jnp.where(_is_target(chunk[1], logits), logits, 0).sum(axis=-1)
+        is_valid = (chunk[1] >= 0) & (chunk[1] < logits.shape[-1])
+        return jnp.where(is_valid, lse - chosen, jnp.nan), lse
+
+    chunks = to_chunks(hidden, chunk_size), to_chunks(targets, chunk_size)
+    losses, lse = lax.map(chunk_losses, chunks)
+    return from_chunks(losses, *targets.shape), (hidden, unembedding, targets, lse)
+
+
+def _token_losses_backward(chunk_size: int, residuals, d_losses: Float32[Array, "B T"]):
+    hidden, unembedding, targets, lse = residuals
+
+    def add_chunk(d_unembedding: Array, chunk: tuple[Array, ...]) -> tuple[Array, Array]:
+        x, ids, lse, d_loss = chunk
+        logits = _logits(x, unembedding)
+        d_logits = (jnp.exp(logits - lse[:, None]) - _is_target(ids, logits).astype(jnp.float32)) * d_loss[:, None]
+        d_logits = d_logits.astype(x.dtype)
+        d_x = matmul("tv,dv->td", d_logits, unembedding.astype(x.dtype)).astype(x.dtype)
+        return d_unembedding + matmul("td,tv->dv", x, d_logits), d_x
+
+    zeros = match_varying(jnp.zeros(unembedding.shape, jnp.float32), like=(hidden, unembedding))
+    chunks = (to_chunks(hidden, chunk_size), to_chunks(targets, chunk_size), lse, to_chunks(d_losses, chunk_size))
+    d_unembedding, d_hidden = lax.scan(add_chunk, zeros, chunks)
+    return from_chunks(d_hidden, *targets.shape), d_unembedding.astype(unembedding.dtype), None
+
+
+_token_losses.defvjp(_token_losses_forward, _token_losses_backward)
+
+
+def _logits(x: Float[Array, "tokens D"], unembedding: Float[Array, "D vocab"]) -> Float32[Array, "tokens vocab"]:
+    return matmul("td,dv->tv", x, unembedding.astype(x.dtype))
+
+
+def _is_target(ids: Int[Array, " tokens"], logits: Float32[Array, "tokens vocab"]) -> Array:
+    """Compared rather than indexed, so that a vocab sharded over another mesh axis stays sharded."""
+    return lax.broadcasted_iota(jnp.int32, logits.shape, 1) == ids[:, None]
+
+
+def _check(hidden: Array, unembedding: Array, targets: Array, weights: Array | None, chunk_size: int) -> None:
+    if hidden.ndim != 3 or unembedding.ndim != 2 or hidden.shape[-1] != unembedding.shape[0]:
+        raise ValueError(
+            f"hidden must be [B, T, D] and unembedding [D, vocab], got {hidden.shape} and {unembedding.shape}; "
+            "an embedding table [vocab, D] is given as table.T"
+        )
+    if targets.shape != hidden.shape[:2] or not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise ValueError(f"targets must be integers [B, T] = {hidden.shape[:2]}, got {targets.dtype} {targets.shape}")
+    if weights is not None and weights.shape != targets.shape:
+        raise ValueError(f"weights must have the shape of targets, {targets.shape}, got {weights.shape}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
