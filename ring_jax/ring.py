@@ -125,7 +125,7 @@ def _attend_backward(options: RingOptions, residuals: tuple, cotangents: tuple[A
     def compute(step: Step, block: Block, dq: Array) -> tuple[Array, BlockGradients]:
         mask = ring.mask(step, block)
         dq, dk, dv = kernel.backward(query, block.key, block.value, d_out, lse, delta, dq, mask, scale=options.scale)
-        return dq, BlockGradients(dk, dv)
+        return dq, BlockGradients(*match_varying((dk, dv), like=query))
 
     def compute_and_pass_on(step: Step, carry: Carry) -> Carry:
         block, gradients, dq = carry
@@ -141,7 +141,9 @@ def _attend_backward(options: RingOptions, residuals: tuple, cotangents: tuple[A
         return dq, rotate(jax.tree.map(jnp.add, arriving_gradients, share), options.axis_name)
 
     block = Block(key, value, segment_ids)
-    dq = match_varying(jnp.zeros(query.shape, jnp.float32), like=query)
+    # Zeros that wait for delta: constants would be made at the program's start and held through the forward ring.
+    zero, delta = lax.optimization_barrier((jnp.zeros((), jnp.float32), delta))
+    dq = match_varying(jnp.broadcast_to(zero, query.shape), like=query)
     if ring.size == 1:
         dq, (dk, dv) = compute(0, block, dq)
     else:

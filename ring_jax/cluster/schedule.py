@@ -5,6 +5,7 @@ they are issued, so a hop is hidden when a block kernel stands between its start
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterator
 
@@ -13,7 +14,17 @@ _DTYPE_BYTES |= {"f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
 
 # Names under which the block kernels appear as custom calls; cuDNN's begin with __cudnn$fmha.
 _KERNEL_TARGETS = ("mosaic_gpu", "triton_kernel_call", "__gpu$xla.gpu.triton", "__cudnn$fmha")
-_COPYING = ("copy", "copy-start", "transpose", "concatenate", "slice", "dynamic-slice", "dynamic-update-slice", "pad")
+_COPYING = (
+    "copy",
+    "convert",
+    "copy-start",
+    "transpose",
+    "concatenate",
+    "slice",
+    "dynamic-slice",
+    "dynamic-update-slice",
+    "pad",
+)
 _FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "reshape")
 
 
@@ -45,13 +56,24 @@ class Hop:
 
 
 @dataclasses.dataclass(frozen=True)
+class Move:
+    """An instruction or fusion that reads and writes a large array, with the opcodes that do it."""
+
+    name: str
+    opcodes: frozenset[str]
+    num_bytes: int
+    times: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Schedule:
     """What a compiled ring does. `times` of its parts counts the iterations of the loop that they stand in."""
 
     hops: tuple[Hop, ...]
     num_kernels: int
-    copies: tuple[str, ...]
-    additions: tuple[str, ...]
+    moves: tuple[Move, ...]
+    additions: tuple[Move, ...]
+    block_bytes: int
 
     @property
     def num_permutes(self) -> int:
@@ -60,6 +82,12 @@ class Schedule:
     @property
     def num_exposed(self) -> int:
         return sum(hop.times for hop in self.hops if hop.is_exposed)
+
+    @property
+    def block_copies(self) -> tuple[Move, ...]:
+        """The moves of one block's keys, values or their float32 gradients: none in a ring as it should be."""
+        sizes = {self.block_bytes, 2 * self.block_bytes}
+        return tuple(move for move in self.moves if move.num_bytes in sizes)
 
     @property
     def bytes_sent(self) -> int:
@@ -71,11 +99,11 @@ def read_schedule(hlo: str, *, block_bytes: int) -> Schedule:
 
     Args:
         hlo: `compiled.as_text()` of a program for GPUs.
-        block_bytes: bytes of one device's keys. Instructions between a computation's first and last permute that only
-            move at least as many bytes count as copies; those that also add (dK and dV, on arrival) are listed apart.
+        block_bytes: bytes of one device's keys. Instructions inside a ring that only move at least as many bytes are
+            its moves; those that also add (dK and dV, on arrival) are listed apart.
     """
     program = _parse(hlo)
-    hops, copies, additions, num_kernels = [], [], [], 0
+    hops, moves, additions, num_kernels = [], [], [], 0
     for computation, times in _reachable(program):
         body = program[computation]
         num_kernels += times * sum(_is_kernel(i, program) for i in body)
@@ -83,15 +111,32 @@ def read_schedule(hlo: str, *, block_bytes: int) -> Schedule:
         if not permutes:
             continue
         hops += [_hop(body, n, program, times) for n in permutes if not body[n].opcode.endswith("-done")]
-        for instruction in body[permutes[0] : permutes[-1] + 1]:
+        for instruction in _inside_rings(body, permutes, program):
             if instruction.largest_result < block_bytes or _is_kernel(instruction, program):
                 continue
             opcodes = _opcodes(instruction, program)
+            move = Move(instruction.name, frozenset(opcodes), instruction.largest_result, times)
             if "add" in opcodes:
-                additions += [instruction.name] * times
-            elif opcodes & {*_COPYING, "convert"} and not opcodes & {"while", "call"}:
-                copies += [instruction.name] * times
-    return Schedule(tuple(hops), num_kernels, tuple(copies), tuple(additions))
+                additions.append(move)
+            elif opcodes & {*_COPYING} and not opcodes & {"while", "call"}:
+                moves.append(move)
+    return Schedule(tuple(hops), num_kernels, tuple(moves), tuple(additions), block_bytes)
+
+
+def _inside_rings(
+    body: list[Instruction], permutes: list[int], program: dict[str, list[Instruction]]
+) -> Iterator[Instruction]:
+    """What is issued while a permute is under way, or between two hops without a kernel between them.
+
+    Between the forward and the backward ring stands the last step's kernel; what follows it belongs to neither.
+    """
+    under_way = 0
+    for here, following in itertools.pairwise(permutes):
+        opcode = body[here].opcode
+        under_way += opcode.endswith("-start") - opcode.endswith("-done")
+        between = body[here + 1 : following]
+        if under_way or not any(_is_kernel(i, program) for i in between):
+            yield from between
 
 
 def _hop(body: list[Instruction], start: int, program: dict[str, list[Instruction]], times: int) -> Hop:
