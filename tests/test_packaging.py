@@ -90,13 +90,13 @@ def fresh(checkout, tmp_path) -> Path:
     return shutil.copytree(checkout, tmp_path / "fresh", symlinks=True)
 
 
-def test_the_wheel_holds_the_kernels_inside_the_package_only(wheel):
+def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel, checkout):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name.split("/")[0] for name in names} == {"ring_jax", "ring_jax-0.1.0.dist-info"}
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "kernels").rglob("*.py")}
-    assert "kernels/contract.py" in sources
-    assert {f"ring_jax/{name}" for name in sources} <= names
-    assert "ring_jax/py.typed" in names
+    walk = os.walk(checkout / "ring_jax", followlinks=True)
+    expected = {str(Path(folder, file).relative_to(checkout)) for folder, _, files in walk for file in files}
+    assert {"ring_jax/kernels/contract.py", "ring_jax/layouts.py", "ring_jax/py.typed"} <= expected
+    assert {name for name in names if name.startswith("ring_jax/")} == expected
     assert "ring_jax-0.1.0.dist-info/licenses/LICENSE" in names
 
 
