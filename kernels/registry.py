@@ -5,14 +5,16 @@ import functools
 import importlib
 import logging
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from .contract import BlockKernel
+from .contract import AttentionState, BlockKernel, Gradients
+from .triton_gpu import target as triton_target
 
 # Module of each implementation, best first: the first that can compute a block on a device is its default.
-_MODULES = {"xla": "xla"}
+_MODULES = {"triton": "triton_gpu", "xla": "xla"}
 IMPLEMENTATIONS = tuple(_MODULES)
 
 # NVIDIA's list of compute capabilities, for GPUs that a described mesh may have and this machine has not.
@@ -80,8 +82,27 @@ def choose(implementation: str | None, target: Target, dtype: jnp.dtype, head_di
 
 def load(implementation: str, target: Target) -> BlockKernel:
     """The block kernel of an implementation for `target`; its module is imported when first asked for."""
-    del target
-    return _module(implementation)  # pyright: ignore[reportReturnType]  (a module that satisfies the protocol)
+    kernel: BlockKernel = _module(implementation)  # pyright: ignore[reportAssignmentType]  (the module has its functions)
+    if implementation == "triton":
+        assert target.compute_capability is not None
+        return _TritonFor(kernel, target.compute_capability)
+    return kernel
+
+
+@dataclasses.dataclass(frozen=True)
+class _TritonFor:
+    """The Triton kernels, built for the GPUs of the mesh: those of this process may be others, or none."""
+
+    kernel: BlockKernel
+    compute_capability: int
+
+    def forward(self, *args: Any, scale: float) -> AttentionState:
+        with triton_target(self.compute_capability):
+            return self.kernel.forward(*args, scale=scale)
+
+    def backward(self, *args: Any, scale: float) -> Gradients:
+        with triton_target(self.compute_capability):
+            return self.kernel.backward(*args, scale=scale)
 
 
 @functools.cache

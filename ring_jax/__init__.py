@@ -3,6 +3,7 @@
 from .attention import STRATEGIES as STRATEGIES
 from .attention import ring_attention as ring_attention
 from .attention import ring_attention_shard as ring_attention_shard
+from .compiler import compiler_options as compiler_options
 from .flax_attention import attention_fn as attention_fn
 from .kernels import IMPLEMENTATIONS as IMPLEMENTATIONS
 from .layouts import LAYOUTS as LAYOUTS

@@ -40,10 +40,10 @@ class Block(NamedTuple):
 
 
 class BlockGradients(NamedTuple):
-    """What travels with a block in the backward ring, until its owner has the sum over all devices."""
+    """What travels with a block in the backward ring, in float32 until the sum over all devices is complete."""
 
-    dk: Float32[Array, "B T K H"]
-    dv: Float32[Array, "B T K H"]
+    dk: Float[Array, "B T K H"]
+    dv: Float[Array, "B T K H"]
 
 
 Carry = tuple[Block, BlockGradients, Float32[Array, "B T N H"]]
@@ -138,7 +138,9 @@ def _attend_backward(options: RingOptions, residuals: tuple, cotangents: tuple[A
     def compute_last(block: Block, gradients: BlockGradients, dq: Array) -> tuple[Array, BlockGradients]:
         arriving_gradients = rotate(gradients, options.axis_name)
         dq, share = compute(ring.size - 1, block, dq)
-        return dq, rotate(jax.tree.map(jnp.add, arriving_gradients, share), options.axis_name)
+        # The sums are complete: rounded now, they make the hop home to their owner in half the bytes.
+        dk, dv = jax.tree.map(jnp.add, arriving_gradients, share)
+        return dq, rotate(BlockGradients(dk.astype(key.dtype), dv.astype(value.dtype)), options.axis_name)
 
     block = Block(key, value, segment_ids)
     # Zeros that wait for delta: constants would be made at the program's start and held through the forward ring.

@@ -30,19 +30,26 @@ _FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "resh
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One instruction: its opcode, the bytes of its largest result, its operands and the computations it calls."""
+    """One instruction: its opcode, the bytes of each of its results, its operands and the computations it calls."""
 
     name: str
     opcode: str
-    largest_result: int
+    results: tuple[int, ...]
     operands: tuple[str, ...]
     calls: tuple[str, ...]
     text: str
 
+    @property
+    def largest_result(self) -> int:
+        return max(self.results, default=0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Hop:
-    """One permute: bytes sent, and how many block kernels run while it is under way (0: exposed)."""
+    """One permute: bytes sent, and how many block kernels run while it is under way (0: exposed).
+
+    XLA may send several arrays in one permute.
+    """
 
     name: str
     num_bytes: int
@@ -141,12 +148,12 @@ def _inside_rings(
 
 def _hop(body: list[Instruction], start: int, program: dict[str, list[Instruction]], times: int) -> Hop:
     instruction = body[start]
-    # The result of a start is (sent, received): the largest is one of the two, which are the same size.
     if instruction.opcode == "collective-permute":
-        return Hop(instruction.name, instruction.largest_result, False, 0, times)
+        return Hop(instruction.name, sum(instruction.results), False, 0, times)
     done = next(n for n, i in enumerate(body) if i.opcode.endswith("-done") and instruction.name in i.operands)
     under_way = sum(_is_kernel(i, program) for i in body[start:done])
-    return Hop(instruction.name, instruction.largest_result, True, under_way, times)
+    # The results of a start are what is sent and, as large, what is received.
+    return Hop(instruction.name, sum(instruction.results) // 2, True, under_way, times)
 
 
 def _is_kernel(instruction: Instruction, program: dict[str, list[Instruction]]) -> bool:
@@ -179,7 +186,8 @@ def _reachable(program: dict[str, list[Instruction]]) -> Iterator[tuple[str, int
             if instruction.opcode == "while" and not _is_kernel(instruction, program):
                 trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.text)
                 body = re.search(r"body=%?([\w.\-]+)", instruction.text)
-                assert trips and body, f"a loop with collectives and no known trip count: {instruction.text[:200]}"
+                assert body is not None
+                assert trips is not None, f"a loop with collectives and no known trip count: {instruction.text[:200]}"
                 todo.append((body[1], times * int(trips[1])))
 
 
@@ -212,7 +220,7 @@ def _instruction(name: str, text: str) -> Instruction:
     opcode, _, arguments = rest.partition("(")
     operands = re.findall(r"%([\w.\-]+)", arguments[: _closing("(" + arguments, 0)])
     calls = re.findall(r"(?:calls|body|condition|to_apply)=%?([\w.\-]+)", rest)
-    return Instruction(name, opcode, max(_sizes(shape), default=0), tuple(operands), tuple(calls), rest)
+    return Instruction(name, opcode, tuple(_sizes(shape)), tuple(operands), tuple(calls), rest)
 
 
 def _closing(text: str, start: int) -> int:

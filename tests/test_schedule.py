@@ -1,0 +1,67 @@
+"""The ring as XLA schedules it for eight GPUs that are not there: every hop hidden, nothing copied, memory bounded."""
+
+import math
+
+import jax
+import pytest
+
+from benchmarks.schedule import RingCase, compile_ring
+from ring_jax.cluster import GPUS, compile_only_devices, gpu_description, read_schedule
+
+MEMORY_SLACK = 1.15
+
+
+@pytest.mark.parametrize(("gpu", "segments"), [("h100", False), ("a100-80gb", False), ("a100-80gb", True)])
+def test_every_hop_is_hidden_and_nothing_is_copied(gpu, segments):
+    hops = 7
+    forward, gradient = compile_ring(RingCase(gpu=gpu, mesh="seq=8", heads="32/8", segments=segments))
+    assert forward.schedule.num_permutes == 2 * hops
+    assert gradient.schedule.num_permutes <= 2 * 2 * hops + 2 * (hops + 1)  # XLA may send dK and dV in one
+    assert forward.schedule.num_kernels == hops + 1
+    for ring in (forward, gradient):
+        assert ring.schedule.num_exposed == 0, [hop for hop in ring.schedule.hops if hop.is_exposed]
+        assert ring.schedule.block_copies == ()
+        assert ring.schedule.bytes_sent == ring.expected_bytes_sent
+        assert ring.temp_bytes <= MEMORY_SLACK * ring.necessary_bytes
+    # What else may move inside the rings is the cast of the forward ring's output, once.
+    assert [set(move.opcodes) for move in gradient.schedule.moves] in ([], [{"convert"}])
+
+
+def test_large_rings_compile_to_a_loop_with_the_same_guarantees():
+    small, _ = compile_ring(RingCase(mesh="seq=16"))
+    for ring in compile_ring(RingCase(mesh="seq=32")):
+        assert ring.schedule.num_exposed == 0
+        assert ring.schedule.block_copies == ()
+        assert ring.schedule.bytes_sent == ring.expected_bytes_sent
+        assert ring.temp_bytes <= MEMORY_SLACK * ring.necessary_bytes
+        assert len(ring.schedule.hops) <= 2 * len(small.schedule.hops)
+
+
+def test_the_reader_sees_exposed_hops_and_copies():
+    """A ring without barriers, options or kernels is what the reader must not pass."""
+    devices = compile_only_devices("h100")
+    mesh = jax.make_mesh((8,), ("seq",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
+    spec = jax.sharding.PartitionSpec("seq")
+
+    def send_and_transpose(x):
+        ring = [(i, (i + 1) % 8) for i in range(8)]
+        sent = jax.lax.ppermute(x, "seq", ring)
+        return jax.lax.ppermute(sent.T.copy().T * 2, "seq", ring)
+
+    x = jax.ShapeDtypeStruct((8 * 512, 512), "float32", sharding=jax.sharding.NamedSharding(mesh, spec))
+    hlo = jax.jit(jax.shard_map(send_and_transpose, mesh=mesh, in_specs=spec, out_specs=spec)).lower(x).compile()
+    schedule = read_schedule(hlo.as_text(), block_bytes=math.prod((512, 512)) * 4)
+    assert schedule.num_permutes == schedule.num_exposed == 2
+    assert schedule.bytes_sent == 2 * 512 * 512 * 4
+
+
+def test_gpus_are_described_and_unknown_ones_refused(tmp_path):
+    for gpu in GPUS:
+        assert "gpu_device_info" in gpu_description(gpu)
+    own = tmp_path / "mine.pbtxt"
+    own.write_text(gpu_description("h100"))
+    assert gpu_description(str(own)) == gpu_description("h100")
+    with pytest.raises(ValueError, match=r"unknown GPU 'h1000'.*a100-80gb, h100"):
+        gpu_description("h1000")
+    with pytest.raises(ValueError, match="at least one host"):
+        compile_only_devices("h100", hosts=0)
