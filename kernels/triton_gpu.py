@@ -219,17 +219,24 @@ def _tiles(query: Array, scale: float) -> Any:
 
 
 def _use_tma(capability: int, head_dim: int, itemsize: int) -> bool:
-    """Hopper's copy engine loads the tiles, unless a head is padded or float32 products want the tiles in registers."""
-    return capability >= 90 and head_dim == padded_head_dim(head_dim) and itemsize == 2
+    """Whether Hopper's copy engine loads the tiles: it wants rows of whole 16-byte units.
+
+    Products in true float32 read their operands through registers and gain nothing from it.
+    """
+    return capability >= 90 and itemsize == 2 and head_dim * itemsize % 16 == 0
 
 
 def _descriptor(array: Array, rows: int) -> Any:
-    """What the copy engine needs to load `rows` tokens of one head: the array seen as `[B, tokens, heads * H]`."""
+    """What the copy engine needs to load `rows` tokens of one head: the array seen as `[B, heads, tokens, H]`."""
     import jax_triton
 
     batch, tokens, heads, head_dim = array.shape
-    flat = array.reshape(batch, tokens, heads * head_dim)
-    return jax_triton.TensorDescriptor.from_array(flat, (1, rows, head_dim))
+    return jax_triton.TensorDescriptor(
+        array,
+        shape=(batch, heads, tokens, head_dim),
+        strides=(tokens * heads * head_dim, head_dim, heads * head_dim, 1),
+        block_shape=(1, 1, rows, padded_head_dim(head_dim)),
+    )
 
 
 def _target_capability() -> int:

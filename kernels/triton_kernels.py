@@ -17,47 +17,44 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _tile_pointers(base, batch, head, first_row, num_rows, NUM_HEADS: tl.constexpr, ROWS: tl.constexpr,
-                   HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr):  # fmt: skip
+def _tile_pointers(base, batch, head, first_row, num_rows, SHAPE: tl.constexpr):
     """Pointers to a tile of `[B, rows, heads, H]` and which of them lie inside the array.
+
+    `SHAPE` is (number of heads, rows of the tile, head dim, padded head dim), here and below.
 
     The offset of the tile is 64 bits wide, so arrays may hold more than 2^31 elements; inside a tile 32 bits suffice.
     """
-    STRIDE: tl.constexpr = NUM_HEADS * HEAD_DIM
-    rows = tl.arange(0, ROWS)
-    dims = tl.arange(0, PADDED_DIM)
-    offset = (tl.cast(batch, tl.int64) * num_rows + first_row) * STRIDE + head * HEAD_DIM
-    inside = (first_row + rows < num_rows)[:, None] & (dims < HEAD_DIM)[None, :]
+    STRIDE: tl.constexpr = SHAPE[0] * SHAPE[2]
+    rows = tl.arange(0, SHAPE[1])
+    dims = tl.arange(0, SHAPE[3])
+    offset = (tl.cast(batch, tl.int64) * num_rows + first_row) * STRIDE + head * SHAPE[2]
+    inside = (first_row + rows < num_rows)[:, None] & (dims < SHAPE[2])[None, :]
     return base + offset + (rows[:, None] * STRIDE + dims[None, :]), inside
 
 
 @triton.jit
-def _load_tile(source, batch, head, first_row, num_rows, NUM_HEADS: tl.constexpr, ROWS: tl.constexpr,
-               HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, IS_WHOLE: tl.constexpr,
+def _load_tile(source, batch, head, first_row, num_rows, SHAPE: tl.constexpr, IS_WHOLE: tl.constexpr,
                USE_TMA: tl.constexpr):  # fmt: skip
-    """The tile `[ROWS, PADDED_DIM]` from `first_row` on, zero beyond the last row and beyond the head dim.
+    """The tile `[rows, padded head dim]` from `first_row` on, zero beyond the last row and beyond the head dim.
 
-    `source` is a pointer, or with `USE_TMA` a descriptor of the array seen as `[B, rows, heads * H]`, where the copy
+    `source` is a pointer, or with `USE_TMA` a descriptor of the array seen as `[B, heads, rows, H]`, where the copy
     engine does the zero filling. `IS_WHOLE` promises that all rows exist.
     """
     if USE_TMA:
-        return source.load([batch, first_row, head * HEAD_DIM]).reshape([ROWS, HEAD_DIM])
+        return source.load([batch, head, first_row, 0]).reshape([SHAPE[1], SHAPE[3]])
     else:
-        pointers, inside = _tile_pointers(
-            source, batch, head, first_row, num_rows, NUM_HEADS, ROWS, HEAD_DIM, PADDED_DIM
-        )
+        pointers, inside = _tile_pointers(source, batch, head, first_row, num_rows, SHAPE)
         if not IS_WHOLE:
             return tl.load(pointers, mask=inside, other=0.0)
-        elif HEAD_DIM == PADDED_DIM:
+        elif SHAPE[2] == SHAPE[3]:
             return tl.load(pointers)
         else:
-            return tl.load(pointers, mask=(tl.arange(0, PADDED_DIM) < HEAD_DIM)[None, :], other=0.0)
+            return tl.load(pointers, mask=(tl.arange(0, SHAPE[3]) < SHAPE[2])[None, :], other=0.0)
 
 
 @triton.jit
-def _store_tile(base, batch, head, first_row, num_rows, tile, NUM_HEADS: tl.constexpr, ROWS: tl.constexpr,
-                HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr):  # fmt: skip
-    pointers, inside = _tile_pointers(base, batch, head, first_row, num_rows, NUM_HEADS, ROWS, HEAD_DIM, PADDED_DIM)
+def _store_tile(base, batch, head, first_row, num_rows, tile, SHAPE: tl.constexpr):
+    pointers, inside = _tile_pointers(base, batch, head, first_row, num_rows, SHAPE)
     tl.store(pointers, tile, mask=inside)
 
 
@@ -94,25 +91,23 @@ def _partial_tile(step, start, full_start, full_end):
 
 
 @triton.jit
-def _softmax_step(acc, total, peak, query, key, value, exponent_scale, visible, MASKED: tl.constexpr,
-                  PRECISION: tl.constexpr):  # fmt: skip
-    """Folds one tile of keys into the running numerator, denominator and maximum (in units of log2)."""
-    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+def _softmax(scores, total, peak, scale, visible, MASKED: tl.constexpr):
+    """Weights of one tile of keys, and the running maximum (in units of log2) and denominator that include it.
+
+    The last result is the factor that brings everything summed before to the new maximum.
+    """
     if MASKED:
-        scores = tl.where(visible, scores * exponent_scale, float("-inf"))
+        scores = tl.where(visible, scores * scale, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         # A row that has seen no key keeps the maximum -inf; subtracting 0 instead keeps NaN out.
         shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         weights = tl.exp2(scores - shift[:, None])
         correction = tl.exp2(peak - shift)
     else:
-        new_peak = tl.maximum(peak, tl.max(scores, 1) * exponent_scale)
-        weights = tl.exp2(scores * exponent_scale - new_peak[:, None])
+        new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
+        weights = tl.exp2(scores * scale - new_peak[:, None])
         correction = tl.exp2(peak - new_peak)
-    total = total * correction + tl.sum(weights, 1)
-    acc = acc * correction[:, None]
-    acc = tl.dot(weights.to(value.dtype), value, acc, input_precision=PRECISION)
-    return acc, total, new_peak
+    return weights, total * correction + tl.sum(weights, 1), new_peak, correction
 
 
 @triton.jit
@@ -127,32 +122,44 @@ def forward_kernel(query, key, value, q_positions, k_positions, q_segment_ids, k
     head = tl.program_id(1)
     batch = tl.program_id(2)
     kv_head = head // (NUM_HEADS // NUM_KV_HEADS)
+    Q_SHAPE: tl.constexpr = (NUM_HEADS, Q_TILE, HEAD_DIM, PADDED_DIM)
+    K_SHAPE: tl.constexpr = (NUM_KV_HEADS, K_TILE, HEAD_DIM, PADDED_DIM)
     start = tl.load(starts + batch * range_stride + tile)
     full_start = tl.load(full_starts + batch * range_stride + tile)
     full_end = tl.load(full_ends + batch * range_stride + tile)
     end = tl.load(ends + batch * range_stride + tile)
     if start < end:
         first = tile * Q_TILE
-        q = _load_tile(query, batch, head, first, num_queries, NUM_HEADS, Q_TILE, HEAD_DIM, PADDED_DIM, False, USE_TMA)
-        acc = _load_tile(output, batch, head, first, num_queries, NUM_HEADS, Q_TILE, HEAD_DIM, PADDED_DIM, False, False)
+        q = _load_tile(query, batch, head, first, num_queries, Q_SHAPE, False, USE_TMA)
+        acc = _load_tile(output, batch, head, first, num_queries, Q_SHAPE, False, False)
         rows = first + tl.arange(0, Q_TILE)
         lse_pointers = lse + (tl.cast(batch, tl.int64) * NUM_HEADS + head) * num_queries + rows
         peak = tl.load(lse_pointers, mask=rows < num_queries, other=float("-inf")) * LOG2_E
         total = tl.where(peak == float("-inf"), 0.0, 1.0)
         exponent_scale = scale * LOG2_E
 
-        for step in range(full_start, full_end):
-            k = _load_tile(key, batch, kv_head, step * K_TILE, num_keys, NUM_KV_HEADS, K_TILE, HEAD_DIM, PADDED_DIM, True, USE_TMA)
-            v = _load_tile(value, batch, kv_head, step * K_TILE, num_keys, NUM_KV_HEADS, K_TILE, HEAD_DIM, PADDED_DIM, True, USE_TMA)
-            acc, total, peak = _softmax_step(acc, total, peak, q, k, v, exponent_scale, True, False, PRECISION)
+        # Each tile's product with the values runs one iteration late, on the tensor cores while the next tile's softmax
+        # runs on the other units.
+        if full_start < full_end:
+            k = _load_tile(key, batch, kv_head, full_start * K_TILE, num_keys, K_SHAPE, True, USE_TMA)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            weights, total, peak, correction = _softmax(scores, total, peak, exponent_scale, True, False)
+            for step in range(full_start + 1, full_end):
+                k = _load_tile(key, batch, kv_head, step * K_TILE, num_keys, K_SHAPE, True, USE_TMA)
+                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                v = _load_tile(value, batch, kv_head, (step - 1) * K_TILE, num_keys, K_SHAPE, True, USE_TMA)
+                acc = tl.dot(weights.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
+                weights, total, peak, correction = _softmax(scores, total, peak, exponent_scale, True, False)
+            v = _load_tile(value, batch, kv_head, (full_end - 1) * K_TILE, num_keys, K_SHAPE, True, USE_TMA)
+            acc = tl.dot(weights.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
 
         q_index, q_position, q_segment = _load_ids(
             q_positions, q_segment_ids, first, num_queries, batch, Q_TILE, IS_CAUSAL, HAS_SEGMENTS
         )
         for step in range(0, (end - start) - (full_end - full_start)):
             first_key = _partial_tile(step, start, full_start, full_end) * K_TILE
-            k = _load_tile(key, batch, kv_head, first_key, num_keys, NUM_KV_HEADS, K_TILE, HEAD_DIM, PADDED_DIM, False, USE_TMA)
-            v = _load_tile(value, batch, kv_head, first_key, num_keys, NUM_KV_HEADS, K_TILE, HEAD_DIM, PADDED_DIM, False, USE_TMA)
+            k = _load_tile(key, batch, kv_head, first_key, num_keys, K_SHAPE, False, USE_TMA)
+            v = _load_tile(value, batch, kv_head, first_key, num_keys, K_SHAPE, False, USE_TMA)
             k_index, k_position, k_segment = _load_ids(
                 k_positions, k_segment_ids, first_key, num_keys, batch, K_TILE, IS_CAUSAL, HAS_SEGMENTS
             )
@@ -161,22 +168,31 @@ def forward_kernel(query, key, value, q_positions, k_positions, q_segment_ids, k
                 k_index[None, :], k_position[None, :], k_segment[None, :],
                 num_queries, num_keys, IS_CAUSAL, HAS_SEGMENTS,
             )  # fmt: skip
-            acc, total, peak = _softmax_step(acc, total, peak, q, k, v, exponent_scale, visible, True, PRECISION)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            weights, total, peak, correction = _softmax(scores, total, peak, exponent_scale, visible, True)
+            acc = tl.dot(weights.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
 
         has_keys = total > 0.0
         acc = acc * tl.where(has_keys, 1.0 / total, 0.0)[:, None]
         new_lse = tl.where(has_keys, (peak + tl.log2(total)) * LN_2, float("-inf"))
-        _store_tile(output, batch, head, first, num_queries, acc, NUM_HEADS, Q_TILE, HEAD_DIM, PADDED_DIM)
+        _store_tile(output, batch, head, first, num_queries, acc, Q_SHAPE)
         tl.store(lse_pointers, new_lse, mask=rows < num_queries)
 
 
 @triton.jit
-def _load_statistics(lse, delta, row_offset, rows, num_queries):
-    """The rows' `lse` in units of log2, and `delta`. A row without keys, or past the end, gets +inf: all weights 0."""
-    inside = rows < num_queries
-    row_lse = tl.load(lse + row_offset + rows, mask=inside, other=float("-inf"))
-    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E)
-    return row_lse, tl.load(delta + row_offset + rows, mask=inside, other=0.0)
+def _load_statistics(lse, delta, batch, head, first_row, num_rows, SHAPE: tl.constexpr, IS_WHOLE: tl.constexpr):
+    """The rows' `lse` in units of log2, and `delta`. A row without keys, or past the end, gets +inf: all weights 0.
+
+    `IS_WHOLE` promises that all rows exist and see a key of the tile at hand.
+    """
+    rows = first_row + tl.arange(0, SHAPE[1])
+    offsets = (tl.cast(batch, tl.int64) * SHAPE[0] + head) * num_rows + rows
+    if IS_WHOLE:
+        return tl.load(lse + offsets) * LOG2_E, tl.load(delta + offsets)
+    else:
+        row_lse = tl.load(lse + offsets, mask=rows < num_rows, other=float("-inf"))
+        row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E)
+        return row_lse, tl.load(delta + offsets, mask=rows < num_rows, other=0.0)
 
 
 @triton.jit
@@ -202,22 +218,23 @@ def dq_kernel(query, key, value, d_out, lse, delta, q_positions, k_positions, q_
     head = tl.program_id(1)
     batch = tl.program_id(2)
     kv_head = head // (NUM_HEADS // NUM_KV_HEADS)
+    Q_SHAPE: tl.constexpr = (NUM_HEADS, Q_TILE, HEAD_DIM, PADDED_DIM)
+    K_SHAPE: tl.constexpr = (NUM_KV_HEADS, K_TILE, HEAD_DIM, PADDED_DIM)
     start = tl.load(starts + batch * range_stride + tile)
     full_start = tl.load(full_starts + batch * range_stride + tile)
     full_end = tl.load(full_ends + batch * range_stride + tile)
     end = tl.load(ends + batch * range_stride + tile)
     if start < end:
         first = tile * Q_TILE
-        q = _load_tile(query, batch, head, first, num_queries, NUM_HEADS, Q_TILE, HEAD_DIM, PADDED_DIM, False, USE_TMA)
-        do = _load_tile(d_out, batch, head, first, num_queries, NUM_HEADS, Q_TILE, HEAD_DIM, PADDED_DIM, False, USE_TMA)
-        row_offset = (tl.cast(batch, tl.int64) * NUM_HEADS + head) * num_queries
-        row_lse, row_delta = _load_statistics(lse, delta, row_offset, first + tl.arange(0, Q_TILE), num_queries)
+        q = _load_tile(query, batch, head, first, num_queries, Q_SHAPE, False, USE_TMA)
+        do = _load_tile(d_out, batch, head, first, num_queries, Q_SHAPE, False, USE_TMA)
+        row_lse, row_delta = _load_statistics(lse, delta, batch, head, first, num_queries, Q_SHAPE, False)
         exponent_scale = scale * LOG2_E
         acc = tl.zeros([Q_TILE, PADDED_DIM], dtype=tl.float32)
 
         for step in range(full_start, full_end):
-            k = _load_tile(key, batch, kv_head, step * K_TILE, num_keys, NUM_KV_HEADS, K_TILE, HEAD_DIM, PADDED_DIM, True, USE_TMA)
-            v = _load_tile(value, batch, kv_head, step * K_TILE, num_keys, NUM_KV_HEADS, K_TILE, HEAD_DIM, PADDED_DIM, True, USE_TMA)
+            k = _load_tile(key, batch, kv_head, step * K_TILE, num_keys, K_SHAPE, True, USE_TMA)
+            v = _load_tile(value, batch, kv_head, step * K_TILE, num_keys, K_SHAPE, True, USE_TMA)
             acc = _dq_step(acc, q, do, k, v, row_lse, row_delta, exponent_scale, True, False, PRECISION)
 
         q_index, q_position, q_segment = _load_ids(
@@ -225,8 +242,8 @@ def dq_kernel(query, key, value, d_out, lse, delta, q_positions, k_positions, q_
         )
         for step in range(0, (end - start) - (full_end - full_start)):
             first_key = _partial_tile(step, start, full_start, full_end) * K_TILE
-            k = _load_tile(key, batch, kv_head, first_key, num_keys, NUM_KV_HEADS, K_TILE, HEAD_DIM, PADDED_DIM, False, USE_TMA)
-            v = _load_tile(value, batch, kv_head, first_key, num_keys, NUM_KV_HEADS, K_TILE, HEAD_DIM, PADDED_DIM, False, USE_TMA)
+            k = _load_tile(key, batch, kv_head, first_key, num_keys, K_SHAPE, False, USE_TMA)
+            v = _load_tile(value, batch, kv_head, first_key, num_keys, K_SHAPE, False, USE_TMA)
             k_index, k_position, k_segment = _load_ids(
                 k_positions, k_segment_ids, first_key, num_keys, batch, K_TILE, IS_CAUSAL, HAS_SEGMENTS
             )
@@ -237,9 +254,18 @@ def dq_kernel(query, key, value, d_out, lse, delta, q_positions, k_positions, q_
             )  # fmt: skip
             acc = _dq_step(acc, q, do, k, v, row_lse, row_delta, exponent_scale, visible, True, PRECISION)
 
-        given = _load_tile(dq, batch, head, first, num_queries, NUM_HEADS, Q_TILE, HEAD_DIM, PADDED_DIM, False, False)
+        given = _load_tile(dq, batch, head, first, num_queries, Q_SHAPE, False, False)
         acc = given + acc * scale
-        _store_tile(dq, batch, head, first, num_queries, acc, NUM_HEADS, Q_TILE, HEAD_DIM, PADDED_DIM)
+        _store_tile(dq, batch, head, first, num_queries, acc, Q_SHAPE)
+
+
+@triton.jit
+def _next_tile(step, head, start, end, GROUP: tl.constexpr):
+    """Advances through the tiles `[start, end)` of one head and on to the next head of the group."""
+    if GROUP == 1:
+        return step + 1, head
+    is_last = step + 1 == end
+    return tl.where(is_last, start, step + 1), head + is_last.to(tl.int32)
 
 
 @triton.jit
@@ -250,9 +276,11 @@ def _dkv_step(dk, dv, key, value, query, d_out, row_lse, row_delta, exponent_sca
     weights = tl.exp2(scores * exponent_scale - row_lse[None, :])
     if MASKED:
         weights = tl.where(visible, weights, 0.0)
-    d_weights = tl.dot(value, tl.trans(d_out), input_precision=PRECISION)
+    # The accumulator starts at -delta: the products leave dP - delta, and delta needs no registers meanwhile.
+    start = tl.broadcast_to(-row_delta[None, :], scores.shape)
+    d_weights = tl.dot(value, tl.trans(d_out), start, input_precision=PRECISION)
     dv = tl.dot(weights.to(d_out.dtype), d_out, dv, input_precision=PRECISION)
-    d_scores = weights * (d_weights - row_delta[None, :])
+    d_scores = weights * d_weights
     dk = tl.dot(d_scores.to(query.dtype), query, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -268,6 +296,8 @@ def dkv_kernel(query, key, value, d_out, lse, delta, q_positions, k_positions, q
     kv_head = tl.program_id(1)
     batch = tl.program_id(2)
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
+    Q_SHAPE: tl.constexpr = (NUM_HEADS, Q_TILE, HEAD_DIM, PADDED_DIM)
+    K_SHAPE: tl.constexpr = (NUM_KV_HEADS, K_TILE, HEAD_DIM, PADDED_DIM)
     start = tl.load(starts + batch * range_stride + tile)
     full_start = tl.load(full_starts + batch * range_stride + tile)
     full_end = tl.load(full_ends + batch * range_stride + tile)
@@ -276,40 +306,44 @@ def dkv_kernel(query, key, value, d_out, lse, delta, q_positions, k_positions, q
     acc_k = tl.zeros([K_TILE, PADDED_DIM], dtype=tl.float32)
     acc_v = tl.zeros([K_TILE, PADDED_DIM], dtype=tl.float32)
     if start < end:
-        k = _load_tile(key, batch, kv_head, first, num_keys, NUM_KV_HEADS, K_TILE, HEAD_DIM, PADDED_DIM, False, USE_TMA)
-        v = _load_tile(value, batch, kv_head, first, num_keys, NUM_KV_HEADS, K_TILE, HEAD_DIM, PADDED_DIM, False, USE_TMA)
+        k = _load_tile(key, batch, kv_head, first, num_keys, K_SHAPE, False, USE_TMA)
+        v = _load_tile(value, batch, kv_head, first, num_keys, K_SHAPE, False, USE_TMA)
         k_index, k_position, k_segment = _load_ids(
             k_positions, k_segment_ids, first, num_keys, batch, K_TILE, IS_CAUSAL, HAS_SEGMENTS
         )
         exponent_scale = scale * LOG2_E
-        for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
-            row_offset = (tl.cast(batch, tl.int64) * NUM_HEADS + head) * num_queries
+        # One loop over the tiles of all heads of the group, so that loads run ahead from one head into the next.
+        head = kv_head * GROUP
+        step = full_start
+        for _ in range(GROUP * (full_end - full_start)):
+            first_query = step * Q_TILE
+            q = _load_tile(query, batch, head, first_query, num_queries, Q_SHAPE, True, USE_TMA)
+            do = _load_tile(d_out, batch, head, first_query, num_queries, Q_SHAPE, True, USE_TMA)
+            row_lse, row_delta = _load_statistics(lse, delta, batch, head, first_query, num_queries, Q_SHAPE, True)
+            acc_k, acc_v = _dkv_step(
+                acc_k, acc_v, k, v, q, do, row_lse, row_delta, exponent_scale, True, False, PRECISION
+            )
+            step, head = _next_tile(step, head, full_start, full_end, GROUP)
 
-            for step in range(full_start, full_end):
-                first_query = step * Q_TILE
-                rows = first_query + tl.arange(0, Q_TILE)
-                q = _load_tile(query, batch, head, first_query, num_queries, NUM_HEADS, Q_TILE, HEAD_DIM, PADDED_DIM, True, USE_TMA)
-                row_lse, row_delta = _load_statistics(lse, delta, row_offset, rows, num_queries)
-                do = _load_tile(d_out, batch, head, first_query, num_queries, NUM_HEADS, Q_TILE, HEAD_DIM, PADDED_DIM, True, USE_TMA)
-                acc_k, acc_v = _dkv_step(
-                    acc_k, acc_v, k, v, q, do, row_lse, row_delta, exponent_scale, True, False, PRECISION
-                )
-
-            for step in range(0, (end - start) - (full_end - full_start)):
-                first_query = _partial_tile(step, start, full_start, full_end) * Q_TILE
-                q = _load_tile(query, batch, head, first_query, num_queries, NUM_HEADS, Q_TILE, HEAD_DIM, PADDED_DIM, False, USE_TMA)
-                do = _load_tile(d_out, batch, head, first_query, num_queries, NUM_HEADS, Q_TILE, HEAD_DIM, PADDED_DIM, False, USE_TMA)
-                q_index, q_position, q_segment = _load_ids(
-                    q_positions, q_segment_ids, first_query, num_queries, batch, Q_TILE, IS_CAUSAL, HAS_SEGMENTS
-                )
-                row_lse, row_delta = _load_statistics(lse, delta, row_offset, q_index, num_queries)
-                visible = _visible(
-                    q_index[None, :], q_position[None, :], q_segment[None, :],
-                    k_index[:, None], k_position[:, None], k_segment[:, None],
-                    num_queries, num_keys, IS_CAUSAL, HAS_SEGMENTS,
-                )  # fmt: skip
-                acc_k, acc_v = _dkv_step(
-                    acc_k, acc_v, k, v, q, do, row_lse, row_delta, exponent_scale, visible, True, PRECISION
-                )
-    _store_tile(dk, batch, kv_head, first, num_keys, acc_k * scale, NUM_KV_HEADS, K_TILE, HEAD_DIM, PADDED_DIM)
-    _store_tile(dv, batch, kv_head, first, num_keys, acc_v, NUM_KV_HEADS, K_TILE, HEAD_DIM, PADDED_DIM)
+        num_partial = (end - start) - (full_end - full_start)
+        head = kv_head * GROUP
+        step = tl.cast(0, tl.int32)
+        for _ in range(GROUP * num_partial):
+            first_query = _partial_tile(step, start, full_start, full_end) * Q_TILE
+            q = _load_tile(query, batch, head, first_query, num_queries, Q_SHAPE, False, USE_TMA)
+            do = _load_tile(d_out, batch, head, first_query, num_queries, Q_SHAPE, False, USE_TMA)
+            q_index, q_position, q_segment = _load_ids(
+                q_positions, q_segment_ids, first_query, num_queries, batch, Q_TILE, IS_CAUSAL, HAS_SEGMENTS
+            )
+            row_lse, row_delta = _load_statistics(lse, delta, batch, head, first_query, num_queries, Q_SHAPE, False)
+            visible = _visible(
+                q_index[None, :], q_position[None, :], q_segment[None, :],
+                k_index[:, None], k_position[:, None], k_segment[:, None],
+                num_queries, num_keys, IS_CAUSAL, HAS_SEGMENTS,
+            )  # fmt: skip
+            acc_k, acc_v = _dkv_step(
+                acc_k, acc_v, k, v, q, do, row_lse, row_delta, exponent_scale, visible, True, PRECISION
+            )
+            step, head = _next_tile(step, head, 0, num_partial, GROUP)
+    _store_tile(dk, batch, kv_head, first, num_keys, acc_k * scale, K_SHAPE)
+    _store_tile(dv, batch, kv_head, first, num_keys, acc_v, K_SHAPE)
