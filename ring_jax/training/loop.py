@@ -38,7 +38,7 @@ class TrainResult:
 def train(config: TrainConfig, console: Console) -> TrainResult:
     """Trains as `config` says and leaves metrics, a loss curve and checkpoints in the run's folder.
 
-    Everything that can be wrong with the options, the data, the checkpoint and the folder is found before anything is
+    Everything that can be wrong with the options, the data, the checkpoint and the folder is found before any file is
     written. Deterministic: the same options on the same devices give the same bits, in one go or resumed.
 
     Raises:
@@ -130,7 +130,6 @@ class _Run:
         with self.console.status("compiling the training step ..."):
             execute = self.step.compile()
         self.say(f"compiled    in {time.monotonic() - began:.0f} s\n")
-        self.folder.create()
         self.config.save(self.folder.config)
         state = self.step.init(self.config.seed) if state is None else state
         history = self.folder.read_metrics(up_to_step=int(state.step))

@@ -10,7 +10,7 @@ from ..checkpoint import write_atomically
 
 
 class RunFolder:
-    """Names the files of a run; nothing is written before `create`."""
+    """Names the files of a run."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -33,7 +33,7 @@ class RunFolder:
 
     @classmethod
     def new(cls, path: Path | None, model: str) -> Self:
-        """A folder for a new run, by default runs/MODEL-DATE-TIME.
+        """Makes the folder of a new run, by default runs/MODEL-DATE-TIME; it may be there already if it is empty.
 
         Raises:
             ValueError: the path is already used, or nothing can be written there.
@@ -46,19 +46,13 @@ class RunFolder:
             raise ValueError(
                 f"--out {str(path)!r} is already used: give a new folder, or go on with that run by --resume {path}"
             )
-        existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            raise ValueError(
-                f"--out {str(path)!r} cannot be made: {str(existing)!r} is not a folder that can be written"
-            )
-        return cls(path)
-
-    def create(self) -> None:
-        """Makes the folder. Raises ValueError if that fails."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"--out {str(self.path)!r} cannot be made: {error.strerror}") from error
+            raise ValueError(f"--out {str(path)!r} cannot be made: {error.strerror}") from error
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise ValueError(f"--out {str(path)!r} cannot be written: give another folder, or change its permissions")
+        return cls(path)
 
     def read_metrics(self, up_to_step: int) -> list[dict[str, Any]]:
         """The metrics of steps 1 to `up_to_step`; those of later steps, and a line cut short, are left out."""

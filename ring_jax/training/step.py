@@ -66,7 +66,10 @@ class StepConfig:
     steps: int
 
     def __post_init__(self) -> None:
-        check_layout(self.model.attention.layout, self.seq_len, self.num_shards)
+        try:
+            check_layout(self.model.attention.layout, self.seq_len, self.num_shards)
+        except ValueError as error:
+            raise ValueError(f"--seq-len {self.seq_len} does not suit --mesh and --layout: {error}") from error
         rows = self.mesh.shape.get(BATCH_AXIS, 1)
         if self.batch % rows:
             raise ValueError(
