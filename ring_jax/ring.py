@@ -142,9 +142,9 @@ def _attend_backward(options: RingOptions, residuals: tuple, cotangents: tuple[A
         dk, dv = jax.tree.map(jnp.add, arriving_gradients, share)
         return dq, rotate(BlockGradients(dk.astype(key.dtype), dv.astype(value.dtype)), options.axis_name)
 
-    block = Block(key, value, segment_ids)
-    # Zeros that wait for delta: constants would be made at the program's start and held through the forward ring.
-    zero, delta = lax.optimization_barrier((jnp.zeros((), jnp.float32), delta))
+    # The ring begins when delta is there. Otherwise XLA makes dQ's zeros at the program's start, and keeps what the
+    # forward ring's first hop brought because this one's first hop will bring the same.
+    block, delta, zero = lax.optimization_barrier((Block(key, value, segment_ids), delta, jnp.zeros((), jnp.float32)))
     dq = match_varying(jnp.broadcast_to(zero, query.shape), like=query)
     if ring.size == 1:
         dq, (dk, dv) = compute(0, block, dq)
