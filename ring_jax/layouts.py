@@ -12,7 +12,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Int32, Shaped
 
 LAYOUTS = ("contiguous", "zigzag", "striped")
@@ -61,7 +61,10 @@ def layout_positions(layout: str, seq_len: int, num_shards: int) -> Int32[Array,
 
 
 def to_layout(x: Shaped[Array, "..."], layout: str, num_shards: int, axis: int = 1) -> Shaped[Array, "..."]:
-    """Reorders dim `axis` of `x` from natural order to layout order; shape, dtype and sharding stay.
+    """Reorders dim `axis` of `x` from natural order to layout order; shape and dtype stay.
+
+    The sharding stays too, and no device collects the whole sequence: outside `jit`, and on Explicit mesh axes. Inside
+    `jit` on Auto axes the partitioner decides, by what uses the result; `ring_attention` is such a use.
 
     Args:
         x: any array; sharded ones are accepted on every kind of mesh and exchanged between devices as needed.
@@ -89,12 +92,12 @@ def _reorder(x: Array, layout: str, num_shards: int, axis: int, *, inverse: bool
     if layout == "contiguous":
         return x
     reorder = functools.partial(_REORDER[layout, inverse], num_shards=num_shards, dim=axis)
-    sharding = jax.typeof(x).sharding
-    if sharding.spec[axis] is None:
-        return reorder(x)
-    # The Explicit type system has no type for a dim that is sharded and split: gather it, reorder, and cut it again.
-    whole = PartitionSpec(*(None if dim == axis else names for dim, names in enumerate(sharding.spec)))
-    return jax.sharding.reshard(reorder(jax.sharding.reshard(x, sharding.update(spec=whole))), sharding)
+    typed = jax.typeof(x).sharding
+    if typed.spec[axis] is not None:
+        return _reorder_on_explicit_axes(layout, inverse, num_shards, axis, typed)(x)
+    if not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding):
+        return _reorder_in_place(layout, inverse, num_shards, axis, x.sharding)(x)
+    return reorder(x)
 
 
 # Reshapes, flips and transposes rather than a gather: the partitioner turns them into exchanges of the parts that move,
@@ -127,6 +130,20 @@ _REORDER = {
     ("striped", False): _to_striped,
     ("striped", True): _from_striped,
 }
+
+
+@functools.lru_cache(maxsize=256)
+def _reorder_on_explicit_axes(layout: str, inverse: bool, num_shards: int, dim: int, sharding: NamedSharding):
+    """No Explicit type says how a dim that is sharded and then split lies on devices: the partitioner has to know."""
+    reorder = functools.partial(_REORDER[layout, inverse], num_shards=num_shards, dim=dim)
+    return jax.jit(jax.sharding.auto_axes(reorder, out_sharding=sharding))
+
+
+@functools.lru_cache(maxsize=256)
+def _reorder_in_place(layout: str, inverse: bool, num_shards: int, dim: int, sharding: NamedSharding):
+    """Left to itself the partitioner gives up the sharding of a striped dim, and every device holds all of it."""
+    reorder = functools.partial(_REORDER[layout, inverse], num_shards=num_shards, dim=dim)
+    return jax.jit(reorder, out_shardings=sharding)
 
 
 def _split_dim(x: Array, dim: int, parts: int) -> Array:
