@@ -78,7 +78,12 @@ class TransformerConfig:
             fill("mlp_dim", -(-8 * self.model_dim // 96) * 32)
         for name in ("dtype", "param_dtype"):
             fill(name, _float_dtype_name(name, getattr(self, name)))
-        check_heads(self.num_heads, self.num_kv_heads or 0, self.head_dim or 0, uses_rope=True)
+        assert self.num_kv_heads is not None
+        assert self.head_dim is not None
+        assert self.mlp_dim is not None
+        if self.mlp_dim < 1:
+            raise ValueError(f"mlp_dim must be at least 1, got {self.mlp_dim}")
+        check_heads(self.num_heads, self.num_kv_heads, self.head_dim, uses_rope=True)
 
 
 class Transformer(nnx.Module):

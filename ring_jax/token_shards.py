@@ -36,8 +36,15 @@ def token_spec(batch_axis: AxisName | None, seq_axis: AxisName) -> PartitionSpec
 
 
 def constrain(x: Shaped[Array, "B T ..."], spec: PartitionSpec) -> Shaped[Array, "B T ..."]:
-    """Tells the partitioner that `x` is sharded so, and over no other Auto axis; nothing where `spec` is empty."""
-    return jax.lax.with_sharding_constraint(x, spec) if any(spec) else x
+    """Tells the partitioner that `x` is sharded so, and over no other Auto axis; nothing where `spec` is empty.
+
+    Raises:
+        ValueError: the batch or the sequence does not divide by its axes.
+    """
+    if not any(spec):
+        return x
+    _check_divides(x.shape, spec)
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
 def map_token_shards(

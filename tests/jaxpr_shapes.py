@@ -1,0 +1,40 @@
+"""Every array shape that a traced program computes, inner programs included."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+
+def intermediate_shapes(closed: ClosedJaxpr) -> set[tuple[int, ...]]:
+    """Shapes of everything computed inside scans, `shard_map`, remat and all other inner programs too.
+
+    Inside `shard_map` they are one device's shapes. What only passes through the outermost program is not counted.
+    """
+    return {tuple(shape) for shape in _shapes(closed.jaxpr)}
+
+
+def has_elements(shape: tuple[int, ...], *sizes: int) -> bool:
+    """Whether an array of this shape holds at least the product of `sizes` elements."""
+    return math.prod(shape) >= math.prod(sizes)
+
+
+def _shapes(jaxpr: Jaxpr) -> Iterator[tuple[int, ...]]:
+    for equation in jaxpr.eqns:
+        for variable in equation.outvars:
+            yield getattr(variable.aval, "shape", ())
+        for inner in _jaxprs(list(equation.params.values())):
+            for variable in inner.invars:
+                yield getattr(variable.aval, "shape", ())
+            yield from _shapes(inner)
+
+
+def _jaxprs(value: Any) -> Iterator[Jaxpr]:
+    if isinstance(value, ClosedJaxpr):
+        yield value.jaxpr
+    elif isinstance(value, Jaxpr):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _jaxprs(item)
