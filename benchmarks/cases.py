@@ -113,3 +113,9 @@ KERNEL_BENCHMARKS = (
     Case(batch=1, seq_len=16384, num_heads=32, num_kv_heads=32, head_dim=64),
     Case(batch=1, seq_len=65536, num_heads=32, num_kv_heads=8, head_dim=128),
 )
+
+# Ranks of zigzag rings replayed on one GPU: the case of the whole sequence, and over how many shards it lies.
+REPLAYS = (
+    (Case(batch=1, seq_len=8 * 8192, num_heads=32, num_kv_heads=8, head_dim=128), 8),
+    (Case(batch=1, seq_len=8 * 32768, num_heads=32, num_kv_heads=8, head_dim=128), 8),
+)

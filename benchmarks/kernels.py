@@ -1,0 +1,294 @@
+"""Speed of the block kernels on one GPU, beside other projects' attention in the same run.
+
+    python -m benchmarks.kernels --out benchmarks/results
+    python -m benchmarks.kernels --export FOLDER --gpu h200     (here: compiles the Triton kernels for another machine)
+    python -m benchmarks.kernels --artifacts FOLDER ...         (there: runs them without a matching Triton)
+
+Nothing is timed before its result was compared with float64, on rows drawn at random at the very shape that is timed
+(`pytest -m gpu` compares everything, on smaller shapes). TFLOP/s count 4 B T^2 N H operations forward, half of it when
+causal, and 2.5 times that backward.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from ring_jax import kernels
+from ring_jax.kernels.registry import Target
+from ring_jax.layouts import shard_positions
+
+from .cases import KERNEL_BENCHMARKS, REPLAYS, Case
+from .peers import PEERS, Passes
+from .replay import Replay, replay_backward, replay_forward
+from .timing import environment, median_seconds
+
+SAMPLED_ROWS = 32
+# Against float64, bfloat16 and float16 results of dense attention in one piece err by about half of this.
+MAX_ERROR = 2e-2
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One implementation's forward and backward of one case and replay, as functions of arrays."""
+
+    implementation: str
+    case: Case
+    replay: Replay
+
+    @property
+    def name(self) -> str:
+        parts = (self.implementation, self.case.label, f"{self.replay.num_shards} shards rank {self.replay.rank}")
+        return "-".join(parts).replace(" ", "_")
+
+    def forward(self, target: Target) -> Callable:
+        return functools.partial(replay_forward, kernels.load(self.implementation, target), self.replay)
+
+    def backward(self, target: Target) -> Callable:
+        return functools.partial(replay_backward, kernels.load(self.implementation, target), self.replay)
+
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        case, shards = self.case, self.replay.num_shards
+        query = (case.batch, case.seq_len // shards, case.num_heads, case.head_dim)
+        block = (case.batch, case.seq_len // shards, case.num_kv_heads, case.head_dim)
+        dtype = jnp.dtype(case.dtype)
+        return {
+            "query": jax.ShapeDtypeStruct(query, dtype),
+            "blocks": jax.ShapeDtypeStruct((shards, *block), dtype),
+            "lse": jax.ShapeDtypeStruct((query[0], query[2], query[1]), jnp.float32),
+            "arriving": jax.ShapeDtypeStruct(block, jnp.float32),
+        }
+
+    @property
+    def rank_flops(self) -> float:
+        """Forward operations of this rank: the pairs its queries see, counted exactly."""
+        case, shards = self.case, self.replay.num_shards
+        pairs = float(case.seq_len) * (case.seq_len // shards)
+        if case.is_causal:
+            own = shard_positions(self.replay.layout, self.replay.rank, case.seq_len // shards, shards)
+            pairs = float(np.asarray(own, np.float64).sum() + own.size)
+        return 4 * case.batch * pairs * case.num_heads * case.head_dim
+
+
+def programs(implementations: list[str]) -> list[Program]:
+    """Everything of ours that is timed: whole attention, and each rank's replay named in `cases.REPLAYS`."""
+    plain = [
+        Program(i, c, Replay(layout="contiguous", is_causal=c.is_causal))
+        for c in KERNEL_BENCHMARKS
+        for i in implementations
+    ]
+    replays = [
+        Program(i, case, Replay(shards, rank, "zigzag", case.is_causal))
+        for case, shards in REPLAYS
+        for rank in (0, shards - 1)
+        for i in implementations
+    ]
+    return plain + replays
+
+
+def export_programs(folder: Path, target: Target, implementations: list[str]) -> None:
+    """Compiles programs to files that run on a GPU machine whose Triton jax-triton does not know."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for program in programs(implementations):
+        s = program.shapes()
+        forward_args = (s["query"], s["blocks"], s["blocks"])
+        backward_args = (*forward_args, s["query"], s["lse"], s["query"], (s["arriving"], s["arriving"]))
+        for kind, fn, args in (
+            ("forward", program.forward(target), forward_args),
+            ("backward", program.backward(target), backward_args),
+        ):
+            # A Triton kernel is a custom call that jax cannot promise to read back years later; this run will.
+            unchecked = [jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call")]
+            exported = jax.export.export(jax.jit(fn), platforms=["cuda"], disabled_checks=unchecked)(*args)
+            (folder / f"{program.name}-{kind}.bin").write_bytes(exported.serialize())
+            print("exported", program.name, kind, flush=True)
+
+
+def ours(program: Program, target: Target, artifacts: Path | None) -> Callable[..., Passes]:
+    """A builder like those of `PEERS` for one of our programs, from an artifact if it has one."""
+
+    def load(kind: str, fn: Callable) -> Callable:
+        path = artifacts / f"{program.name}-{kind}.bin" if artifacts else None
+        if path is not None and path.exists():
+            return jax.jit(jax.export.deserialize(bytearray(path.read_bytes())).call)
+        return jax.jit(fn)
+
+    def build(case: Case, query: Array, keys: Array, values: Array, d_out: Array) -> Passes:
+        forward = load("forward", program.forward(target))
+        backward = load("backward", program.backward(target))
+        output, lse = forward(query, keys, values)
+        arriving = jnp.zeros(keys.shape[1:], jnp.float32)
+        args = (query, keys, values, output, lse, d_out, (arriving, arriving))
+        return Passes(lambda: forward(query, keys, values), lambda: backward(*args))
+
+    return build
+
+
+def sampled_error(program: Program, passes: Passes, arrays: tuple[Array, ...]) -> float:
+    """Largest error of output and dQ on rows drawn at random, against float64 on the host."""
+    query, keys, values, d_out = arrays
+    case, replay = program.case, program.replay
+    shard_len = query.shape[1]
+    rng = np.random.default_rng(0)
+    rows = rng.choice(shard_len, SAMPLED_ROWS, replace=False)
+    own = np.asarray(shard_positions(replay.layout, replay.rank, shard_len, replay.num_shards))[rows]
+    theirs = np.concatenate(
+        [np.asarray(shard_positions(replay.layout, r, shard_len, replay.num_shards)) for r in range(replay.num_shards)]
+    )
+    output = np.asarray(_first(passes.forward())[:, rows], np.float64)
+    dq = np.asarray(_first(passes.backward())[:, rows], np.float64) if passes.backward else None
+    visible = own[:, None] >= theirs[None, :] if case.is_causal else np.ones((rows.size, theirs.size), bool)
+    group, errors = case.num_heads // case.num_kv_heads, []
+    for head in (0, case.num_heads - 1):
+        q, d_o = (np.asarray(x[0, rows, head], np.float64) for x in (query, d_out))
+        k, v = (np.asarray(x[:, 0, :, head // group], np.float64).reshape(-1, case.head_dim) for x in (keys, values))
+        scores = np.where(visible, q @ k.T * case.head_dim**-0.5, -np.inf)
+        probs = np.exp(scores - scores.max(-1, keepdims=True))
+        probs /= probs.sum(-1, keepdims=True)
+        out = probs @ v
+        errors.append(np.abs(output[0, :, head] - out).max() / np.abs(out).max())
+        if dq is not None:
+            d_scores = probs * (d_o @ v.T - (d_o * out).sum(-1, keepdims=True))
+            expected = d_scores @ k * case.head_dim**-0.5
+            errors.append(np.abs(dq[0, :, head] - expected).max() / np.abs(expected).max())
+    return float(max(errors))
+
+
+def _first(result: Any) -> Array:
+    """A pass's output or dQ: alone, or the first of several; torch's are `[B, N, T, H]` tensors."""
+    x = result[0] if isinstance(result, (tuple, list)) else result
+    return x if isinstance(x, jax.Array) else jnp.asarray(x.transpose(1, 2).float().cpu().numpy())
+
+
+def draw(program: Program) -> tuple[Array, ...]:
+    """Random arrays of a program: queries, all shards' keys and values, and a cotangent."""
+    s = program.shapes()
+    seeds = jax.random.split(jax.random.key(0), 4)
+    shapes = (s["query"], s["blocks"], s["blocks"], s["query"])
+    return tuple(jax.random.normal(seed, x.shape, x.dtype) for seed, x in zip(seeds, shapes, strict=True))
+
+
+def measure(program: Program, name: str, build: Callable[..., Passes], arrays: tuple[Array, ...]) -> dict[str, Any]:
+    """One row: errors first, then times. A failure is a row that says why."""
+    row: dict[str, Any] = {"implementation": name, "case": program.case.label, "shards": program.replay.num_shards}
+    row["rank"] = program.replay.rank
+    try:
+        passes = build(program.case, *arrays)
+        # Peers take one block and no leading dim.
+        row["error"] = sampled_error(program, passes, draw(program))
+        if not row["error"] <= MAX_ERROR:
+            raise ValueError(f"wrong result: error {row['error']:.3g} on sampled rows exceeds {MAX_ERROR}")
+        for kind, fn, flops in (
+            ("forward", passes.forward, program.rank_flops),
+            ("backward", passes.backward, 2.5 * program.rank_flops),
+        ):
+            if fn is not None:
+                seconds = median_seconds(fn, wait=passes.wait)
+                row |= {f"{kind}_ms": 1e3 * seconds, f"{kind}_tflops": flops / seconds / 1e12}
+    except Exception as error:  # whatever a peer raises becomes its row
+        row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+    return row
+
+
+def run(implementations: list[str], artifacts: Path | None, only: str) -> list[dict[str, Any]]:
+    """All rows, printed as they come."""
+    target = Target.of_device(jax.devices()[0])
+    rows = []
+    for program in programs(implementations):
+        if only not in program.name:
+            continue
+        arrays = draw(program)
+        first = program.implementation == implementations[0]
+        if program.replay.num_shards == 1 and first:
+            flat = (arrays[0], arrays[1][0], arrays[2][0], arrays[3])
+            rows += [measure(program, peer, build, flat) for peer, build in PEERS.items()]
+        rows.append(measure(program, program.implementation, ours(program, target, artifacts), arrays))
+        for row in rows[-len(PEERS) - 1 :] if program.replay.num_shards == 1 and first else rows[-1:]:
+            print(json.dumps(row), flush=True)
+    return rows
+
+
+def add_ratios(rows: list[dict[str, Any]]) -> None:
+    """Beside every row, its rate over jax cuDNN's of the same case; for replays, over its own best rate whole."""
+    by_case = {(r["implementation"], r["case"]): r for r in rows if r["shards"] == 1}
+    for row in rows:
+        for kind in ("forward", "backward"):
+            rate = row.get(f"{kind}_tflops")
+            base = by_case.get(("jax cuDNN", row["case"]), {}).get(f"{kind}_tflops")
+            if rate and base and row["shards"] == 1:
+                row[f"{kind}_over_cudnn"] = rate / base
+            best = max((r.get(f"{kind}_tflops", 0) for r in rows if _same_kernel(r, row)), default=0)
+            if rate and best and row["shards"] > 1:
+                row[f"{kind}_of_ideal"] = rate / best
+
+
+def _same_kernel(row: dict[str, Any], replay: dict[str, Any]) -> bool:
+    return row["implementation"] == replay["implementation"] and row["shards"] == 1
+
+
+def draw_chart(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """A bar per implementation and case, forward and backward."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cases = list(dict.fromkeys(r["case"] for r in rows if r["shards"] == 1))
+    names = list(dict.fromkeys(r["implementation"] for r in rows if r["shards"] == 1))
+    figure, panels = plt.subplots(2, 1, figsize=(2 + 2.2 * len(cases), 8), sharex=True, layout="constrained")
+    for panel, kind in zip(panels, ("forward", "backward"), strict=True):
+        for n, name in enumerate(names):
+            rates = {r["case"]: r.get(f"{kind}_tflops", math.nan) for r in rows if r["implementation"] == name}
+            places = np.arange(len(cases)) + (n - (len(names) - 1) / 2) * 0.8 / len(names)
+            panel.bar(places, [rates.get(c, math.nan) for c in cases], 0.8 / len(names), label=name)
+        panel.set_ylabel(f"{kind}, TFLOP/s")
+        panel.grid(axis="y", alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_title(title, loc="left")
+    panels[0].legend(ncols=4, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.02))
+    panels[1].set_xticks(range(len(cases)), [c.replace(" bfloat16", "").replace(" ", "\n", 2) for c in cases])
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--implementations", nargs="+", default=None, choices=kernels.IMPLEMENTATIONS)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for JSON and chart")
+    parser.add_argument("--artifacts", type=Path, help="folder of exported programs to use where there is one")
+    parser.add_argument("--export", type=Path, help="write the programs to this folder instead of running them")
+    parser.add_argument("--gpu", default="h200", help="the GPU to export for, one of ring_jax.cluster.GPUS")
+    parser.add_argument("--only", default="", help="only programs whose name contains this")
+    options = parser.parse_args()
+    if options.export:
+        from ring_jax.cluster import compile_only_devices
+
+        jax.config.update("jax_platforms", "cpu")
+        target = Target.of_device(compile_only_devices(options.gpu, gpus_per_host=1)[0])
+        export_programs(options.export, target, options.implementations or ["triton"])
+        return
+    if jax.devices()[0].platform != "gpu":
+        raise SystemExit("benchmarks.kernels needs a GPU; benchmarks.schedule says what can be known without one")
+    rows = run(
+        options.implementations or [i for i in kernels.IMPLEMENTATIONS if i != "xla"], options.artifacts, options.only
+    )
+    add_ratios(rows)
+    about = environment()
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"kernels-{about['device'].lower().replace(' ', '-')}"
+    path.with_suffix(".json").write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
+    draw_chart(rows, f"{about['device']}, jax {about['jax']}, {about['date']}", path.with_suffix(".png"))
+    print("wrote", path.with_suffix(".json"), "and", path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""One rank's whole ring on one device: all its local steps, states and masks included, without the hops.
+
+What a rank computes in a ring of N does not depend on having N devices: with the blocks of all shards at hand its steps
+can be run one after the other on a single GPU. The tests compare such a replay with the oracle, and the benchmarks time
+it against one kernel's own best rate. With one shard it is plain attention.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int32
+
+from ring_jax.kernels import AttentionState, BlockKernel, BlockMask
+from ring_jax.layouts import check_layout, shard_positions
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """Which rank of which ring is replayed."""
+
+    num_shards: int = 1
+    rank: int = 0
+    layout: str = "zigzag"
+    is_causal: bool = True
+
+    def __post_init__(self):
+        if not 0 <= self.rank < self.num_shards:
+            raise ValueError(f"rank {self.rank} is not one of the {self.num_shards} shards' ranks")
+
+    @property
+    def owners(self) -> list[int]:
+        """Whose block the rank holds at each step."""
+        return [(self.rank - step) % self.num_shards for step in range(self.num_shards)]
+
+    def mask(self, owner: int, shard_len: int, segment_ids: Int32[Array, "num_shards B T"] | None) -> BlockMask:
+        check_layout(self.layout, shard_len * self.num_shards, self.num_shards)
+        own, theirs = (shard_positions(self.layout, r, shard_len, self.num_shards) for r in (self.rank, owner))
+        if segment_ids is None:
+            return BlockMask(own, theirs, None, None, self.is_causal)
+        return BlockMask(own, theirs, segment_ids[self.rank], segment_ids[owner], self.is_causal)
+
+
+def replay_forward(
+    kernel: BlockKernel,
+    replay: Replay,
+    query: Float[Array, "B T N H"],
+    keys: Float[Array, "num_shards B T K H"],
+    values: Float[Array, "num_shards B T K H"],
+    segment_ids: Int32[Array, "num_shards B T"] | None = None,
+) -> tuple[Float[Array, "B T N H"], Float32[Array, "B N T"]]:
+    """The rank's output in the query's dtype and its logsumexp, as the ring computes them."""
+    batch, num_queries, num_heads, head_dim = query.shape
+    output = jnp.zeros(query.shape, jnp.float32)
+    state = AttentionState(output, jnp.full((batch, num_heads, num_queries), -jnp.inf, jnp.float32))
+    for owner in replay.owners:
+        mask = replay.mask(owner, num_queries, segment_ids)
+        state = kernel.forward(query, keys[owner], values[owner], state, mask, scale=head_dim**-0.5)
+        state = lax.optimization_barrier(state)
+    return state.output.astype(query.dtype), state.lse
+
+
+def replay_backward(
+    kernel: BlockKernel,
+    replay: Replay,
+    query: Float[Array, "B T N H"],
+    keys: Float[Array, "num_shards B T K H"],
+    values: Float[Array, "num_shards B T K H"],
+    output: Float[Array, "B T N H"],
+    lse: Float32[Array, "B N T"],
+    d_out: Float[Array, "B T N H"],
+    arriving: tuple[Float32[Array, "B T K H"], Float32[Array, "B T K H"]] | None = None,
+    segment_ids: Int32[Array, "num_shards B T"] | None = None,
+) -> tuple[Float[Array, "B T N H"], list[tuple[Array, Array]]]:
+    """The rank's dQ in the query's dtype, and by owner its shares of every block's dK and dV in float32.
+
+    With `arriving` every share is added to it, as a ring adds it to what comes with the block.
+    """
+    delta = jnp.sum(d_out.astype(jnp.float32) * output.astype(jnp.float32), axis=-1).swapaxes(1, 2)
+    dq = jnp.zeros(query.shape, jnp.float32)
+    shares: dict[int, tuple[Array, Array]] = {}
+    for owner in replay.owners:
+        mask = replay.mask(owner, query.shape[1], segment_ids)
+        arrays = (query, keys[owner], values[owner], d_out, lse, delta, dq)
+        dq, *share = kernel.backward(*arrays, mask, scale=query.shape[3] ** -0.5)
+        if arriving is not None:
+            share = jax.tree.map(jnp.add, list(arriving), share)
+        dq, shares[owner] = lax.optimization_barrier((dq, tuple(share)))
+    return dq.astype(query.dtype), [shares[owner] for owner in range(replay.num_shards)]

@@ -1,0 +1,75 @@
+"""The benchmarks' own logic, on a CPU: a replayed rank equals the oracle, and a wrong kernel is never timed."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import kernels as kernel_benchmarks
+from benchmarks.cases import Case, make_inputs
+from benchmarks.peers import Passes
+from benchmarks.replay import Replay, replay_backward, replay_forward
+from ring_jax import kernels, layout_positions
+from ring_jax.kernels.reference import reference_attention, visible_pairs
+from ring_jax.kernels.registry import Target
+from tests.budget import assert_within_budget
+
+CPU = Target("cpu", "cpu")
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "striped"])
+def test_replayed_ranks_equal_the_oracle(layout):
+    shards, case = 3, Case(1, 96, 4, 2, 8, dtype="float32", segments="packed")
+    inputs = make_inputs(case)
+    order = np.asarray(layout_positions(layout, case.seq_len, shards))
+
+    def by_shard(x: np.ndarray) -> jax.Array:
+        return jnp.asarray(np.stack(np.split(x[:, order], shards, axis=1)))
+
+    query, keys, values, d_out, ids = (by_shard(x) for x in (*inputs[:4], inputs.segment_ids))
+    visible = visible_pairs(*(np.arange(case.seq_len),) * 2, *(inputs.segment_ids,) * 2, is_causal=True)
+    exact, baseline = (
+        reference_attention(*inputs[:3], visible, d_out=inputs.d_out, low_precision=p) for p in (None, np.float32)
+    )
+    kernel = kernels.load("xla", CPU)
+    output, dq, dk, dv = [], [], 0, 0
+    for rank in range(shards):
+        replay = Replay(shards, rank, layout)
+        out, lse = replay_forward(kernel, replay, query[rank], keys, values, ids)
+        rank_dq, shares = replay_backward(
+            kernel, replay, query[rank], keys, values, out, lse, d_out[rank], segment_ids=ids
+        )
+        output, dq = [*output, out], [*dq, rank_dq]
+        dk, dv = dk + jnp.stack([s[0] for s in shares]), dv + jnp.stack([s[1] for s in shares])
+    for name, got in (("output", jnp.stack(output)), ("dq", jnp.stack(dq)), ("dk", dk), ("dv", dv)):
+        natural = np.concatenate(np.asarray(got), axis=1)[:, np.argsort(order)]
+        assert_within_budget(natural, getattr(exact, name), getattr(baseline, name), "float32", name)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_wrong_kernel_is_not_timed(shards):
+    program = kernel_benchmarks.Program("xla", Case(1, 128, 4, 2, 16), Replay(shards, shards - 1))
+    arrays = kernel_benchmarks.draw(program)
+    build = kernel_benchmarks.ours(program, CPU, None)
+    right = kernel_benchmarks.measure(program, "right", build, arrays)
+    assert "failed" not in right
+    assert right["forward_ms"] > 0
+    assert right["backward_ms"] > 0
+
+    def wrong(*args):
+        passes = build(*args)
+        return Passes(lambda: (passes.forward()[0] * 1.1, None), passes.backward)
+
+    row = kernel_benchmarks.measure(program, "wrong", wrong, arrays)
+    assert "wrong result" in row["failed"]
+    assert "forward_ms" not in row
+    json.dumps([right, row])
+
+
+def test_a_rank_counts_the_pairs_it_computes():
+    case = Case(1, 64, 1, 1, 8)
+    ranks = [kernel_benchmarks.Program("xla", case, Replay(4, rank)).rank_flops for rank in range(4)]
+    assert sum(ranks) == 4 * (64 * 65 / 2) * 8
+    assert max(ranks) - min(ranks) <= 4 * 64 * 8
