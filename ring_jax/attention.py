@@ -205,12 +205,13 @@ class _Axes:
         """`x` laid out by `spec`: moved there outside `jit`, constrained inside."""
         if x is None:
             return None
-        explicit = _explicit_axes(jax.typeof(x).sharding.mesh)
-        if not explicit and self.is_context and isinstance(x, jax.core.Tracer) and not jax.typeof(x).sharding.mesh.empty:
+        on_mesh = jax.typeof(x).sharding.mesh
+        explicit = _explicit_axes(on_mesh)
+        if not isinstance(x, jax.core.Tracer) or not self.is_context or on_mesh.empty:
+            return jax.device_put(x, spec if self.is_context else NamedSharding(self.mesh, spec))
+        if not explicit:
             # Inside `jax.sharding.auto_axes`, `device_put` would give cotangents the Explicit type of the mesh around.
             return lax.with_sharding_constraint(x, spec)
-        if not explicit:
-            return jax.device_put(x, spec if self.is_context else NamedSharding(self.mesh, spec))
         # Explicit axes are part of the array's type, which only `reshard` gives back to its cotangent.
         named = [tuple(axis for axis in _names(names) if axis in explicit) or None for names in spec]
         return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*named)))
