@@ -8,16 +8,21 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
+from .kernels import match_varying
 from .modules import AttentionOptions, BlockwiseMLP, RingAttention, check_heads, default_head_dim, rms_norm
 from .precision import matmul
 from .ring import SAVED_NAMES
-from .token_shards import call_on_auto_axes, constrain, token_spec
+from .token_shards import call_on_auto_axes, constrain, map_token_shards, token_spec
 
 type RematMode = Literal["none", "attention", "layer"]
 REMAT_MODES: tuple[str, ...] = get_args(RematMode.__value__)
+# Name of each layer's input, by which a remat policy can move it to the host.
+LAYER_INPUT = "layer_input"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +46,7 @@ class TransformerConfig:
         remat: what the backward pass computes again. "none": nothing but kernels' tiles and feed-forward chunks, every
             activation is kept. "attention": all but each layer's attention output and logsumexp, so that the forward
             ring does not run again. "layer": everything but each layer's input.
+        offload: whether what remat keeps of each layer waits for the backward pass in pinned host memory.
         mlp_chunk: the most tokens of a shard that the feed-forward expands at once.
         attention: how attention runs on the mesh.
     """
@@ -59,6 +65,7 @@ class TransformerConfig:
     dtype: DTypeLike = "float32"
     param_dtype: DTypeLike = "float32"
     remat: RematMode = "none"
+    offload: bool = False
     mlp_chunk: int = 2048
     attention: AttentionOptions = dataclasses.field(default_factory=AttentionOptions)
 
@@ -68,6 +75,8 @@ class TransformerConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.remat not in REMAT_MODES:
             raise ValueError(f"unknown remat {self.remat!r}: choose one of {', '.join(REMAT_MODES)}")
+        if self.offload and self.remat == "none":
+            raise ValueError("offload moves what remat keeps, but remat 'none' keeps all: use attention or layer")
         # The derived sizes and canonical dtypes are filled in, so that configs compare and print by what they mean.
         fill = functools.partial(object.__setattr__, self)
         if self.num_kv_heads is None:
@@ -159,10 +168,16 @@ class Transformer(nnx.Module):
         graph, stacked = nnx.split(self.layers)
 
         def apply_layer(h: Array, state: nnx.State) -> tuple[Array, None]:
+            # Without the constraint XLA prefers another order of dims for the backward pass's products, and holds a
+            # transposed copy of the inputs of all layers.
+            h = with_layout_constraint(checkpoint_name(h, LAYER_INPUT), Layout((0, 1, 2)))
             return nnx.merge(graph, state)(h, positions, segment_ids), None
 
-        embedded = constrain(self.embedding(tokens), self._token_spec)
-        h, _ = lax.scan(_with_remat(apply_layer, self.config.remat), embedded, stacked)
+        axes = dict(batch_axis=self.config.attention.batch_axis, seq_axis=self.config.attention.seq_axis)
+        embedded = map_token_shards(
+            functools.partial(_look_up, jnp.dtype(self.config.dtype)), tokens, self.embedding.embedding[...], **axes
+        )
+        h, _ = lax.scan(_with_remat(apply_layer, self.config), constrain(embedded, self._token_spec), stacked)
         return self.norm(h).astype(h.dtype)
 
     @property
@@ -222,13 +237,42 @@ def _stacked_layers(config: TransformerConfig, rngs: nnx.Rngs) -> _Layer:
     return create(rngs)
 
 
-def _with_remat(apply_layer, mode: RematMode):
-    """`apply_layer` as the body of a scan, keeping for the backward pass what `mode` says."""
-    if mode == "none":
+def _with_remat(apply_layer, config: TransformerConfig):
+    """`apply_layer` as the body of a scan, keeping for the backward pass what `config` says."""
+    if config.remat == "none":
         return apply_layer
-    policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES) if mode == "attention" else None
+    names = SAVED_NAMES if config.remat == "attention" else ()
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    if config.offload:
+        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[LAYER_INPUT, *names],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
     # A scan already keeps XLA from merging the two computations of a layer.
     return jax.checkpoint(apply_layer, policy=policy, prevent_cse=False)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _look_up(dtype: jnp.dtype, tokens: Int32[Array, "B T"], table: Float[Array, "vocab D"]) -> Float[Array, "B T D"]:
+    """The rows of `table` for the tokens of one shard, NaN for ids out of range; gradients are summed in float32."""
+    return jnp.take(table.astype(dtype), tokens, axis=0)
+
+
+def _look_up_forward(dtype: jnp.dtype, tokens: Array, table: Array):
+    return _look_up(dtype, tokens, table), (tokens, table)
+
+
+def _look_up_backward(dtype: jnp.dtype, residuals: tuple[Array, Array], d_rows: Array):
+    tokens, table = residuals
+    # Zeros that wait for the cotangent: constants would be made early and held through the backward pass.
+    zero, d_rows = lax.optimization_barrier((jnp.zeros((), jnp.float32), d_rows))
+    zeros = match_varying(jnp.broadcast_to(zero, table.shape), like=d_rows)
+    return None, zeros.at[tokens].add(d_rows.astype(jnp.float32)).astype(table.dtype)
+
+
+_look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 def _float_dtype_name(name: str, dtype: DTypeLike) -> str:

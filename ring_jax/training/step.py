@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 from ..compiler import compiler_options
 from ..data import NO_TARGET, Batch
@@ -87,7 +87,7 @@ class TrainStep:
 
         step = TrainStep(config)
         state = step.init(seed)
-        run = step.compile()
+        run = step.lower().compile()
         state, metrics = run(state, step.place(batch))  # donates the old state
 
     `abstract_state` and `abstract_batch` carry shapes, dtypes and shardings: enough to compile for devices that are not
@@ -125,8 +125,8 @@ class TrainStep:
         rows = (batch.tokens, batch.targets, batch.segment_ids)
         return DeviceBatch(*(jax.device_put(x[:, self._order], self._batch_sharding) for x in rows))
 
-    def compile(self) -> jax.stages.Compiled:
-        """The step as an executable from (TrainState, DeviceBatch) to (TrainState, StepMetrics) that donates its state.
+    def lower(self) -> jax.stages.Lowered:
+        """The step from (TrainState, DeviceBatch) to (TrainState, StepMetrics), donating its state; `compile()` it.
 
         Raises:
             NotImplementedError: the implementation asked for cannot run on this mesh.
@@ -135,7 +135,7 @@ class TrainStep:
         options = compiler_options(self.config.mesh.devices.flat[0].platform)
         step = jax.jit(self._step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
         with jax.set_mesh(self.config.mesh):
-            return step.lower(self.abstract_state, self.abstract_batch).compile()
+            return step.lower(self.abstract_state, self.abstract_batch)
 
     def _init(self, seed: int) -> TrainState:
         _, params = nnx.split(Transformer(self.config.model, rngs=nnx.Rngs(seed)))
@@ -145,7 +145,16 @@ class TrainStep:
     def _loss(self, params: dict[str, Any], batch: DeviceBatch) -> Float32[Array, ""]:
         model = nnx.merge(self._graph, params)
         hidden = model.hidden(batch.tokens, segment_ids=batch.segment_ids)
-        return cross_entropy(hidden, model.unembedding, batch.targets, weights=batch.targets != NO_TARGET)
+        hidden, unembedding = _reduce_first(self._unembedding_sharding, hidden, model.unembedding)
+        return cross_entropy(hidden, unembedding, batch.targets, weights=batch.targets != NO_TARGET)
+
+    @property
+    def _unembedding_sharding(self) -> NamedSharding:
+        params: Any = self.abstract_state.params
+        if "head" in params:
+            return params["head"].sharding
+        table = params["embedding"]["embedding"].sharding
+        return table.update(spec=PartitionSpec(*reversed((*table.spec, None, None)[:2])))
 
     def _step(self, state: TrainState, batch: DeviceBatch) -> tuple[TrainState, StepMetrics]:
         loss, grads = jax.value_and_grad(self._loss)(state.params, batch)
@@ -153,5 +162,28 @@ class TrainStep:
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             updates, optimizer = self._optimizer.update(grads, state.optimizer, state.params)
             params: Any = optax.apply_updates(state.params, updates)
-            norm, learning_rate = optax.global_norm(grads), jnp.asarray(self._schedule(state.step))
+            norm, learning_rate = optax.tree.norm(grads), jnp.asarray(self._schedule(state.step))
         return TrainState(params, optimizer, state.step + 1), StepMetrics(loss, norm, learning_rate)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _reduce_first(
+    sharding: NamedSharding, hidden: Float[Array, "B T D"], unembedding: Float[Array, "D vocab"]
+) -> tuple[Array, Array]:
+    """Both unchanged; the backward pass reduces the unembedding's gradient over the devices before it goes on.
+
+    Left to XLA, every device holds its own whole gradient, 2 GB for a vocabulary of 128K, until all layers are done.
+    """
+    return hidden, unembedding
+
+
+def _reduce_first_forward(sharding: NamedSharding, hidden: Array, unembedding: Array):
+    return (hidden, unembedding), None
+
+
+def _reduce_first_backward(sharding: NamedSharding, _: None, cotangents: tuple[Array, Array]):
+    d_hidden, d_unembedding = cotangents
+    return jax.lax.optimization_barrier((d_hidden, jax.lax.with_sharding_constraint(d_unembedding, sharding)))
+
+
+_reduce_first.defvjp(_reduce_first_forward, _reduce_first_backward)
