@@ -1,0 +1,111 @@
+"""Attention blocks on Hopper GPUs: Pallas Mosaic GPU kernels behind the block kernel contract.
+
+Arrays are read and written where they lie, strided [B, T, N, H]; the running state and dQ are updated in place. Lengths
+that are no multiple of 8 and head dims that the kernels' tiles do not divide are padded here, at the boundary: the copy
+engine takes rows eight at a time. A ring whose shards are multiples of 8 tokens with head dim 64, 128 or 256 pays for
+no padding.
+
+The kernels run in the Mosaic interpreter on a CPU (`plgpu.force_gpu_interpret_mode`). What it cannot do is listed in
+`mosaic_gpu_primitives`.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
+
+from .contract import AttentionState, BlockMask, Gradients
+from .mosaic_gpu_backward import BackwardConfig, differentiate
+from .mosaic_gpu_forward import attend, default_config
+
+DTYPES = (jnp.bfloat16, jnp.float16)
+MAX_HEAD_DIM = 128
+_ROW_MULTIPLE = 8
+
+
+def unsupported_reason(compute_capability: int | None, head_dim: int, dtype: jax.typing.DTypeLike) -> str | None:
+    """Why these kernels cannot serve such a device (90: Hopper), head dim and dtype, and the cure; None if they can."""
+    if compute_capability is None:
+        return "it needs an NVIDIA GPU"
+    if compute_capability != 90:
+        return (
+            "it is written for Hopper (compute capability 9.0), and this GPU has "
+            f"{compute_capability / 10}; 'triton' runs on Ampere and newer"
+        )
+    if jnp.dtype(dtype) not in [jnp.dtype(d) for d in DTYPES]:
+        names = " and ".join(jnp.dtype(d).name for d in DTYPES)
+        return f"it multiplies {names}, and the inputs are {jnp.dtype(dtype).name}, which 'triton' and 'xla' take"
+    if head_dim > MAX_HEAD_DIM:
+        return f"it supports head dims up to {MAX_HEAD_DIM}, and this one is {head_dim}, which 'xla' takes"
+    return None
+
+
+def forward(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    state: AttentionState,
+    mask: BlockMask,
+    *,
+    scale: float,
+) -> AttentionState:
+    """Continues the online softmax of `state` over this block, in place. See `contract.BlockKernel`.
+
+    Two runs give identical bits. Raises NotImplementedError for head dims, dtypes or scales that these kernels cannot
+    serve.
+    """
+    _refuse(query, scale)
+    num_queries, head_dim = query.shape[1], query.shape[3]
+    columns = _round_up(head_dim, 32)
+    query, key, value = (_pad(x, columns) for x in (query, key, value))
+    padded = AttentionState(_pad(state.output, columns), state.lse)
+    result = attend(query, key, value, padded, mask, scale=scale, config=default_config(columns))
+    return AttentionState(result.output[:, :num_queries, :, :head_dim], result.lse)
+
+
+def backward(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    d_out: Float[Array, "B T N H"],
+    lse: Float32[Array, "B N T"],
+    delta: Float32[Array, "B N T"],
+    dq: Float32[Array, "B T N H"],
+    mask: BlockMask,
+    *,
+    scale: float,
+) -> Gradients:
+    """This block's gradients; its share of `dq` is added in place. See `contract.BlockKernel`.
+
+    The copy engine adds the shares of `dq` in no fixed order, so its last bits may differ between two runs; those of
+    `dk` and `dv` do not. Raises NotImplementedError like `forward`.
+    """
+    _refuse(query, scale)
+    (num_queries, num_keys), head_dim = (query.shape[1], key.shape[1]), query.shape[3]
+    columns = 64 if head_dim <= 64 else _round_up(head_dim, 128)
+    config = BackwardConfig(q_tile=128) if columns == 64 else BackwardConfig(q_tile=64)
+    query, key, value, d_out, dq = (_pad(x, columns) for x in (query, key, value, d_out, dq))
+    lse, delta = (jnp.pad(x, ((0, 0), (0, 0), (0, -num_queries % _ROW_MULTIPLE))) for x in (lse, delta))
+    result = differentiate(query, key, value, d_out, lse, delta, dq, mask, scale=scale, config=config)
+    dk, dv = (x[:, :num_keys, :, :head_dim] for x in (result.dk, result.dv))
+    return Gradients(result.dq[:, :num_queries, :, :head_dim], dk, dv)
+
+
+def _refuse(query: Float[Array, "B T N H"], scale: float) -> None:
+    reason = unsupported_reason(90, query.shape[3], query.dtype)
+    if reason is None and not (scale > 0 and math.isfinite(scale)):
+        reason = f"it needs a finite scale above 0, got {scale}, which 'xla' takes"
+    if reason is not None:
+        raise NotImplementedError(f"implementation 'mosaic_gpu' cannot run this: {reason}")
+
+
+def _pad(x: Float[Array, "B T N H"], columns: int) -> Float[Array, "B T8 N columns"]:
+    rows = -x.shape[1] % _ROW_MULTIPLE
+    if rows == 0 and x.shape[3] == columns:
+        return x
+    return jnp.pad(x, ((0, 0), (0, rows), (0, 0), (0, columns - x.shape[3])))
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -1,0 +1,86 @@
+"""What the Mosaic GPU kernels share about masks: the order of visiting tiles, and the mask of a partial tile."""
+
+from typing import NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int32
+
+from .contract import BlockMask
+from .mosaic_gpu_primitives import COLUMNS, ROWS, across_columns, across_rows
+from .tiles import TileRanges
+
+
+class Walk(NamedTuple):
+    """The column tiles of one row tile in the order they are visited: the partial ones, then the full ones."""
+
+    start: jax.Array
+    before: jax.Array
+    full_start: jax.Array
+    full_end: jax.Array
+    partial: jax.Array
+    steps: jax.Array
+
+    @classmethod
+    def read(cls, ranges: TileRanges, batch: jax.Array, row: jax.Array) -> "Walk":
+        """The walk of row tile `row`, from references to the ranges."""
+        entry = (batch if ranges.start.shape[0] > 1 else 0, row)
+        start, full_start, full_end, end = (field[entry] for field in ranges)
+        before = full_start - start
+        return cls(start, before, full_start, full_end, before + end - full_end, end - start)
+
+    def tile(self, step: jax.Array) -> jax.Array:
+        """The column tile of a step; steps below `partial` need the mask."""
+        partial = jnp.where(step < self.before, self.start + step, self.full_end + step - self.before)
+        return jnp.where(step < self.partial, partial, self.full_start + step - self.partial)
+
+
+class MaskInputs(NamedTuple):
+    """What masks are computed from: arrays (outside) or references (inside), padded to whole tiles."""
+
+    q_positions: Int32[Array, " T"]
+    k_positions: Int32[Array, " S"]
+    q_segment_ids: Int32[Array, "B T"] | None
+    k_segment_ids: Int32[Array, "B S"] | None
+
+    @classmethod
+    def of(cls, mask: BlockMask, q_tile: int, k_tile: int) -> "MaskInputs":
+        return cls(
+            pad_last(mask.q_positions, q_tile),
+            pad_last(mask.k_positions, k_tile),
+            None if mask.q_segment_ids is None else pad_last(mask.q_segment_ids, q_tile),
+            None if mask.k_segment_ids is None else pad_last(mask.k_segment_ids, k_tile),
+        )
+
+    def visible(
+        self, batch, queries: pl.Slice, keys: pl.Slice, *, is_causal: bool, num_keys: int, keys_in_rows: bool = False
+    ) -> Bool[jax.Array, "rows columns"]:
+        """Which pairs of some queries and keys attend, in the layout of a matrix product's result."""
+        shape = (keys.size, queries.size) if keys_in_rows else (queries.size, keys.size)
+        q_layout, k_layout = (COLUMNS, ROWS) if keys_in_rows else (ROWS, COLUMNS)
+        spread_q, spread_k = (across_rows, across_columns) if keys_in_rows else (across_columns, across_rows)
+
+        def pair(of_queries, of_keys):
+            of_queries = plgpu.load(of_queries, layout=q_layout, optimized=False)
+            of_keys = plgpu.load(of_keys, layout=k_layout, optimized=False)
+            return spread_q(of_queries, shape), spread_k(of_keys, shape)
+
+        index = plgpu.broadcasted_iota(jnp.int32, shape, 0 if keys_in_rows else 1, layout=plgpu.Layout.WGMMA)
+        visible = index < num_keys - keys.start
+        if is_causal:
+            q_positions, k_positions = pair(self.q_positions.at[queries], self.k_positions.at[keys])
+            visible &= q_positions >= k_positions
+        if self.q_segment_ids is not None and self.k_segment_ids is not None:
+            q_ids, k_ids = pair(self.q_segment_ids.at[batch, queries], self.k_segment_ids.at[batch, keys])
+            visible &= (q_ids == k_ids) & (q_ids != 0)
+        return visible
+
+
+def pad_last(values: jax.Array, tile: int) -> jax.Array:
+    """Pads the last dim to whole tiles, so that a tile's plain loads and stores stay inside the array."""
+    padding = -values.shape[-1] % tile
+    if not padding:
+        return values
+    return jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, padding)])

@@ -1,0 +1,186 @@
+"""Building blocks of the Mosaic GPU kernels, and the only place here that imports private jax names.
+
+Each operation that the Mosaic interpreter refuses is one function with a mathematically equal branch for it:
+
+- `scores_while_accumulating`, `accumulate`: `wgmma` into a carried accumulator, its left operand in registers.
+- `add_to_gmem`: a bulk copy that adds into global memory (`reduction_op="add"`).
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax._src import config as _private_config
+
+WARPGROUP_ROWS = 64
+"""Rows of one warpgroup's matrix product: the M of every Hopper `wgmma`."""
+
+ROWS = plgpu.Layout.WGMMA.reduce(1)
+"""Layout of one number per row of a matrix product."""
+
+COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+"""Layout of one number per column of a matrix product."""
+
+
+def is_interpreted() -> bool:
+    """Whether kernels traced now run in the Mosaic interpreter (`plgpu.force_gpu_interpret_mode`)."""
+    return _private_config.pallas_tpu_interpret_mode_context_manager.value is not None
+
+
+def matrix_scratch(shape: Sequence[int], dtype: jnp.dtype) -> pl.MemoryRef:
+    """Shared memory for matrices whose last dim is tiled and swizzled as `wgmma` and TMA want it."""
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = next(bytes_ for bytes_ in (128, 64, 32) if shape[-1] * itemsize % bytes_ == 0)
+    transforms = (plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle))
+    return plgpu.SMEM(tuple(shape), dtype, transforms=transforms)
+
+
+def full(shape: tuple[int, ...], value: float, layout=plgpu.Layout.WGMMA) -> jax.Array:
+    """A float32 constant held in registers."""
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def across_columns(rows: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """One number per row, repeated over the columns."""
+    return lax.broadcast_in_dim(rows, shape, [0])
+
+
+def across_rows(columns: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """One number per column, repeated over the rows."""
+    return lax.broadcast_in_dim(columns, shape, [1])
+
+
+def scores(query, key) -> jax.Array:
+    """`query @ key.T` of two matrices in shared memory, waited for."""
+
+    def body(acc):
+        plgpu.wgmma(acc, query, key.transpose((1, 0)))
+        return acc[...]
+
+    return pl.run_scoped(body, plgpu.ACC((query.shape[0], key.shape[0]), jnp.float32))
+
+
+def accumulate(acc: jax.Array, weights: jax.Array, value) -> jax.Array:
+    """`acc + weights @ value`, waited for; `weights` in registers, `value` in shared memory."""
+    if is_interpreted():
+        product = jnp.dot(weights, value[...], preferred_element_type=jnp.float32)
+        plgpu.commit_smem()  # Orders this plain read before the next copy into `value`, as waiting for wgmma does.
+        return acc + product
+
+    def body(acc_ref):
+        acc_ref[...] = acc
+        plgpu.wgmma(acc_ref, weights, value)
+        return acc_ref[...]
+
+    return pl.run_scoped(body, plgpu.ACC(acc.shape, jnp.float32))
+
+
+def scores_while_accumulating[R](
+    query,
+    key,
+    acc: jax.Array,
+    weights: jax.Array,
+    value,
+    *,
+    ready: Callable[[], None],
+    issued: Callable[[], None],
+    use: Callable[[jax.Array], R],
+) -> tuple[R, jax.Array]:
+    """`use(query @ key.T)` and `acc + weights @ value`, with `use` running under the second product.
+
+    `ready` is called before the products are issued and `issued` when both are in flight. `weights` is in registers,
+    the other operands in shared memory.
+    """
+    if is_interpreted():
+        ready()
+        products = scores(query, key)
+        issued()
+        return use(products), accumulate(acc, weights, value)
+
+    def body(products_ref, acc_ref):
+        acc_ref[...] = acc
+        ready()
+        plgpu.wgmma(products_ref, query, key.transpose((1, 0)))
+        plgpu.wgmma(acc_ref, weights, value)
+        issued()
+        result = use(plgpu.wgmma_accumulator_load(products_ref, wait_n=1))
+        # Keeps the compiler from moving this arithmetic behind the wait for the second product.
+        result = lax.optimization_barrier(result)
+        return lax.optimization_barrier((result, acc_ref[...]))
+
+    product_shape = (query.shape[0], key.shape[0])
+    return pl.run_scoped(body, plgpu.ACC(product_shape, jnp.float32), plgpu.ACC(acc.shape, jnp.float32))
+
+
+def two_scores[R](key, query, value, d_out, *, use: Callable[[jax.Array], R]) -> tuple[R, jax.Array]:
+    """`use(key @ query.T)` and `value @ d_out.T` of tiles in shared memory, `use` running under the second product."""
+
+    def body(first, second):
+        plgpu.wgmma(first, key, query.transpose((1, 0)))
+        plgpu.wgmma(second, value, d_out.transpose((1, 0)))
+        result = lax.optimization_barrier(use(plgpu.wgmma_accumulator_load(first, wait_n=1)))
+        return lax.optimization_barrier((result, second[...]))
+
+    acc = plgpu.ACC((key.shape[0], query.shape[0]), jnp.float32)
+    return pl.run_scoped(body, acc, acc)
+
+
+def accumulate_two_beside[R](
+    first: tuple[jax.Array, jax.Array, jax.Array],
+    second: tuple[jax.Array, jax.Array, jax.Array],
+    lefts: Sequence,
+    rights: Sequence,
+    *,
+    use: Callable[[jax.Array], None],
+) -> tuple[jax.Array, jax.Array]:
+    """`acc + weights @ value` of both triples, while `use` is given the sum of `left.T @ right` over the pairs.
+
+    All products are in flight together. `weights` are in registers, `value`, `left` and `right` in shared memory.
+    """
+    if is_interpreted():
+        use(sum_of_products(lefts, rights))
+        return accumulate(*first), accumulate(*second)
+
+    def body(first_acc, second_acc, beside):
+        first_acc[...], second_acc[...] = first[0], second[0]
+        for left, right in zip(lefts, rights, strict=True):
+            plgpu.wgmma(beside, left.transpose((1, 0)), right)
+        plgpu.wgmma(first_acc, *first[1:])
+        plgpu.wgmma(second_acc, *second[1:])
+        use(plgpu.wgmma_accumulator_load(beside, wait_n=2))
+        return first_acc[...], second_acc[...]
+
+    shapes = first[0].shape, second[0].shape, (lefts[0].shape[1], rights[0].shape[1])
+    return pl.run_scoped(body, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+
+
+def sum_of_products(lefts: Sequence, rights: Sequence) -> jax.Array:
+    """The sum of `left.T @ right` over pairs of matrices in shared memory, waited for."""
+
+    def body(acc):
+        for left, right in zip(lefts, rights, strict=True):
+            plgpu.wgmma(acc, left.transpose((1, 0)), right)
+        return acc[...]
+
+    return pl.run_scoped(body, plgpu.ACC((lefts[0].shape[1], rights[0].shape[1]), jnp.float32))
+
+
+def add_to_gmem(source, array, entry: tuple, first_row: jax.Array, num_rows: int) -> None:
+    """Adds a committed tile in shared memory to rows `first_row...` of `array.at[batch, rows, head, columns]`.
+
+    The copy is asynchronous, a group of its own (`plgpu.wait_smem_to_gmem`). `num_rows`, all rows, divides by 8.
+    The interpreter's branch adds without atomics: it runs one program of the grid at a time.
+    """
+    batch, head, columns = entry
+    if not is_interpreted():
+        rows = pl.ds(first_row, source.shape[0])
+        plgpu.copy_smem_to_gmem(source, array.at[batch, rows, head, columns], reduction_op="add")
+        return
+
+    @pl.loop(0, jnp.minimum(source.shape[0], num_rows - first_row) // 8)
+    def _(group):
+        where = (batch, pl.ds(first_row + group * 8, 8), head, columns)
+        array[where] = array[where] + source[pl.ds(group * 8, 8)]
