@@ -94,7 +94,7 @@ def _dense(variant, packed, dtype_name, zero_attention=False):
 def _sharded(variant, packed, remat, layout):
     """Logits, in natural order, and gradients of the model on the mesh of `jax.set_mesh`."""
     config = dataclasses.replace(VARIANTS[variant], remat=remat, attention=AttentionOptions(layout=layout))
-    arrays = (x if x is None else ring_jax.to_layout(x, layout, SHARDS) for x in _inputs(config, packed))
+    arrays = (x if x is None else ring_jax.to_layout(jnp.asarray(x), layout, SHARDS) for x in _inputs(config, packed))
     spec = NamedSharding(jax.sharding.get_mesh(), PartitionSpec("data", "seq"))
     tokens, segment_ids, cotangent = (x if x is None else jax.device_put(x, spec) for x in arrays)
     graph = nnx.split(_abstract(config))[0]
@@ -139,7 +139,7 @@ def striped():
 
 
 def test_zeroed_attention_is_noticed(auto_mesh, striped):
-    tokens = ring_jax.to_layout(_inputs(CONFIG, packed=False)[0], "striped", SHARDS)
+    tokens = ring_jax.to_layout(jnp.asarray(_inputs(CONFIG, packed=False)[0]), "striped", SHARDS)
     exact, baseline = _dense("llama", False, "float64")[0], _dense("llama", False, "float32")[0]
     state = _random_state("llama")
     out = state["layers"]["attention"]["out"]["kernel"]
