@@ -24,7 +24,8 @@ NO_TARGET = -1
 """The target of padding and of the last byte of a document: no loss is taken there."""
 
 _HEAD_BYTES = 8192
-_NOT_DOCUMENTS = {"site-packages", "dist-packages", "__pycache__", "test", "tests"}
+# Installed packages, tests, and the generated tables of character encodings.
+_LEFT_OUT_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings"}
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,13 @@ class Batch:
 
 
 def standard_library() -> Corpus:
-    """The source files of this Python's own standard library, without its tests: text that every Python has."""
+    """The source files of this Python's own standard library: text that every Python has.
+
+    Left out are its tests and what a program wrote: tables of encodings, and the settings of this Python's own build.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     sources = (path.relative_to(root) for path in _walk(root) if path.suffix == ".py")
-    names = (name for name in sources if not _NOT_DOCUMENTS & set(name.parts))
+    names = (n for n in sources if not _LEFT_OUT_FOLDERS & set(n.parts) and not n.name.startswith("_sysconfigdata"))
     return _corpus(((root / name, name.as_posix()) for name in names), f"the standard library in {root}")
 
 

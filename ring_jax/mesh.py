@@ -42,18 +42,19 @@ def format_mesh(shape: Mapping[str, int]) -> str:
     return ",".join(f"{axis}={size}" for axis, size in shape.items())
 
 
-def request_cpu_devices(mesh_text: str | None, count: int | None) -> None:
+def request_cpu_devices(count: int) -> None:
     """Asks jax for virtual CPU devices; must run before the first jax computation. GPUs are not affected.
 
-    Without a `count` there are as many as the mesh needs, up to 8, and 4 without a mesh either. A count already in
-    XLA_FLAGS (`--xla_force_host_platform_device_count`) is left alone unless `count` is given.
+    A count in XLA_FLAGS (`--xla_force_host_platform_device_count`) has been asked for already and is left alone.
     """
-    if count is None:
-        if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-            return
-        wanted = math.prod(parse_mesh(mesh_text).values()) if mesh_text else DEFAULT_CPU_DEVICES
-        count = wanted if wanted <= MAX_AUTOMATIC_CPU_DEVICES else DEFAULT_CPU_DEVICES
-    jax.config.update("jax_num_cpu_devices", count)
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", count)
+
+
+def default_cpu_devices(mesh_text: str | None) -> int:
+    """As many virtual CPU devices as the mesh needs, up to 8; 4 for larger meshes and without one."""
+    wanted = math.prod(parse_mesh(mesh_text).values()) if mesh_text else DEFAULT_CPU_DEVICES
+    return wanted if wanted <= MAX_AUTOMATIC_CPU_DEVICES else DEFAULT_CPU_DEVICES
 
 
 def quiet_cuda_plugin() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from .mesh import quiet_cuda_plugin, request_cpu_devices
+from .mesh import default_cpu_devices, quiet_cuda_plugin, request_cpu_devices
 from .training import TrainConfig, load_config, train
 
 COMMAND = "python -m ring_jax.train"
@@ -37,7 +37,7 @@ def main(args: Sequence[str] | None = None) -> int:
         config = parse_args(sys.argv[1:] if args is None else args)
         config.check()
         quiet_cuda_plugin()
-        request_cpu_devices(config.mesh, config.cpu_devices)
+        request_cpu_devices(config.cpu_devices or default_cpu_devices(config.mesh))
         result = train(config, Console())
     except (ValueError, NotImplementedError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)

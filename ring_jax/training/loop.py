@@ -128,7 +128,7 @@ class _Run:
         """Compiles, trains from `state` (None: fresh weights), and leaves metrics, a plot and checkpoints."""
         began = time.monotonic()
         with self.console.status("compiling the training step ..."):
-            execute = self.step.compile()
+            execute = self.step.lower().compile()
         self.say(f"compiled    in {time.monotonic() - began:.0f} s\n")
         self.config.save(self.folder.config)
         state = self.step.init(self.config.seed) if state is None else state
