@@ -12,6 +12,7 @@ empty or full, never the other way round. Tiles that reach past the end of an ar
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int32
@@ -22,7 +23,7 @@ _INT32_MAX = jnp.iinfo(jnp.int32).max
 
 
 class TileRanges(NamedTuple):
-    """Column tiles of every row tile, see the module's text. The leading dim is 1 without segment ids or when merged."""
+    """Column tiles of every row tile, see the module's text; the leading dim is 1 without segment ids or merged."""
 
     start: Int32[Array, "B R"]
     full_start: Int32[Array, "B R"]
@@ -37,43 +38,81 @@ class _Extent(NamedTuple):
     high: Int32[Array, "B tiles"]
 
 
+class TileSummary(NamedTuple):
+    """All that the ranges need to know of the tiles of one side of a block; B is 1 where the batch does not matter."""
+
+    whole: Bool[Array, "1 tiles"]
+    positions: _Extent
+    segment_ids: _Extent | None
+    documents: _Extent | None
+
+    def only(self, tile: Int32[Array, ""]) -> "TileSummary":
+        """The summary of one tile alone, as a side of a single tile."""
+        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, tile, 1, axis=1), self)
+
+
+def summarize_tiles(positions: Int32[Array, " L"], segment_ids: Int32[Array, "B L"] | None, tile: int) -> TileSummary:
+    """The summary of one side of a block, cut into tiles of `tile` tokens; linear in the tokens."""
+    segments = documents = None
+    if segment_ids is not None:
+        segments, documents = _extent(segment_ids, tile), _extent(segment_ids, tile, ignore_zero=True)
+    whole = _whole_tiles(positions.shape[0], tile)[None]
+    return TileSummary(whole, _extent(positions[None], tile), segments, documents)
+
+
 def key_ranges(mask: BlockMask, q_tile: int, k_tile: int, *, merge_batch: bool = False) -> TileRanges:
     """For every tile of `q_tile` queries, the tiles of `k_tile` keys to visit.
 
     With `merge_batch` one set of ranges serves all rows of the batch: a tile is visited if any row needs it, and full
-    if it is full in all of them.
+    if it is full in all of them. For a moment it takes memory for every pair of tiles; `key_ranges_between` of one
+    query tile at a time does not.
     """
-    empty, full = _classify(mask, q_tile, k_tile, merge_batch)
-    return _ranges(empty, full)
+    return key_ranges_between(*_summaries(mask, q_tile, k_tile), mask.is_causal, merge_batch=merge_batch)
 
 
 def query_ranges(mask: BlockMask, q_tile: int, k_tile: int, *, merge_batch: bool = False) -> TileRanges:
     """For every tile of `k_tile` keys, the tiles of `q_tile` queries to visit. `merge_batch` as in `key_ranges`."""
-    empty, full = _classify(mask, q_tile, k_tile, merge_batch)
+    return query_ranges_between(*_summaries(mask, q_tile, k_tile), mask.is_causal, merge_batch=merge_batch)
+
+
+def key_ranges_between(q: TileSummary, k: TileSummary, is_causal: bool, *, merge_batch: bool = False) -> TileRanges:
+    """`key_ranges` from the two sides' summaries, maybe of one query tile alone."""
+    return _ranges(*_classify(q, k, is_causal, merge_batch))
+
+
+def query_ranges_between(q: TileSummary, k: TileSummary, is_causal: bool, *, merge_batch: bool = False) -> TileRanges:
+    """`query_ranges` from the two sides' summaries, maybe of one key tile alone."""
+    empty, full = _classify(q, k, is_causal, merge_batch)
     return _ranges(empty.swapaxes(1, 2), full.swapaxes(1, 2))
 
 
+def _summaries(mask: BlockMask, q_tile: int, k_tile: int) -> tuple[TileSummary, TileSummary]:
+    return (
+        summarize_tiles(mask.q_positions, mask.q_segment_ids, q_tile),
+        summarize_tiles(mask.k_positions, mask.k_segment_ids, k_tile),
+    )
+
+
 def _classify(
-    mask: BlockMask, q_tile: int, k_tile: int, merge_batch: bool
+    q: TileSummary, k: TileSummary, is_causal: bool, merge_batch: bool
 ) -> tuple[Bool[Array, "B Q K"], Bool[Array, "B Q K"]]:
     """Whether each pair of tiles is surely empty, and whether it is surely full."""
-    num_queries, num_keys = mask.q_positions.shape[0], mask.k_positions.shape[0]
-    shape = (1, -(-num_queries // q_tile), -(-num_keys // k_tile))
-    empty = jnp.zeros(shape, bool)
-    full = _whole_tiles(num_queries, q_tile)[None, :, None] & _whole_tiles(num_keys, k_tile)[None, None, :]
-    if mask.is_causal:
-        q, k = _extent(mask.q_positions[None], q_tile), _extent(mask.k_positions[None], k_tile)
-        empty |= q.high[:, :, None] < k.low[:, None, :]
-        full &= q.low[:, :, None] >= k.high[:, None, :]
-    if mask.q_segment_ids is not None and mask.k_segment_ids is not None:
-        q, k = _extent(mask.q_segment_ids, q_tile), _extent(mask.k_segment_ids, k_tile)
-        q_docs = _extent(mask.q_segment_ids, q_tile, ignore_zero=True)
-        k_docs = _extent(mask.k_segment_ids, k_tile, ignore_zero=True)
-        nothing = (q_docs.low > q_docs.high)[:, :, None] | (k_docs.low > k_docs.high)[:, None, :]
-        apart = q_docs.high[:, :, None] < k_docs.low[:, None, :]
-        empty |= nothing | apart | (k_docs.high[:, None, :] < q_docs.low[:, :, None])
-        one_document = ((q.low == q.high) & (q.low != 0))[:, :, None] & (k.low == k.high)[:, None, :]
-        full &= one_document & (q.low[:, :, None] == k.low[:, None, :])
+    full = q.whole[:, :, None] & k.whole[:, None, :]
+    empty = jnp.zeros_like(full)
+    if is_causal:
+        empty |= q.positions.high[:, :, None] < k.positions.low[:, None, :]
+        full &= q.positions.low[:, :, None] >= k.positions.high[:, None, :]
+    if q.segment_ids is not None and k.segment_ids is not None:
+        assert q.documents is not None
+        assert k.documents is not None
+        nothing = (q.documents.low > q.documents.high)[:, :, None] | (k.documents.low > k.documents.high)[:, None, :]
+        apart = q.documents.high[:, :, None] < k.documents.low[:, None, :]
+        empty = empty | nothing | apart | (k.documents.high[:, None, :] < q.documents.low[:, :, None])
+        q_ids, k_ids = q.segment_ids, k.segment_ids
+        one_document = ((q_ids.low == q_ids.high) & (q_ids.low != 0))[:, :, None] & (k_ids.low == k_ids.high)[
+            :, None, :
+        ]
+        full = full & one_document & (q_ids.low[:, :, None] == k_ids.low[:, None, :])
     full &= ~empty
     if merge_batch:
         return empty.all(axis=0, keepdims=True), full.all(axis=0, keepdims=True)

@@ -13,20 +13,24 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from .contract import AttentionState, BlockMask, Gradients
-from .tiles import TileRanges, key_ranges, query_ranges
+from .tiles import TileRanges, TileSummary, key_ranges_between, query_ranges_between, summarize_tiles
 from .varying import match_varying
 
 _MAX_TILE_SIDE = 512
+_FAST_TILE_SIDE = 64
 _MIN_TILE_SIDE = 16
-_MAX_TILE_SCORES = 2**20  # 4 MiB of float32 scores: stays in a CPU's last cache
+_MAX_TILE_SCORES = 2**18  # 1 MiB of float32 scores: stays in a CPU's second cache
 
 
 class _Block(NamedTuple):
-    """A block padded to whole tiles, heads first: G = N / K query heads share a key/value head."""
+    """A block padded to whole tiles; G = N / K query heads share a key/value head.
 
-    q: Float[Array, "B K G T H"]
-    k: Float[Array, "B K S H"]
-    v: Float[Array, "B K S H"]
+    Only tiles are ever brought into the order that a product wants: of whole arrays that would be a copy each.
+    """
+
+    q: Float[Array, "B T K G H"]
+    k: Float[Array, "B S K H"]
+    v: Float[Array, "B S K H"]
     mask: BlockMask
     q_tile: int
     k_tile: int
@@ -49,40 +53,44 @@ def forward(
     """See `contract.BlockKernel.forward`."""
     num_queries, num_kv_heads = query.shape[1], key.shape[2]
     block = _block(query, key, value, mask)
-    ranges = key_ranges(mask, block.q_tile, block.k_tile, merge_batch=True)
-    output = _pad_dim(_heads_first(state.output, num_kv_heads), 3, block.q_tile)
+    q_tiles, k_tiles = _summaries(block)
+    output = _pad_dim(_split_heads(state.output, num_kv_heads), 1, block.q_tile)
     lse = _pad_dim(_group_heads(state.lse, num_kv_heads), 3, block.q_tile, value=-jnp.inf)
 
     def query_tile(index: Int32[Array, ""], carry: tuple[Array, Array]) -> tuple[Array, Array]:
         output, lse = carry
         at = index * block.q_tile
-        q = _tile(block.q, at, block.q_tile, 3)
+        q = _tile(block.q, at, block.q_tile, 1)
         old_lse = _tile(lse, at, block.q_tile, 3)
         # The state so far is one more "key" with weight exp(lse - lse) = 1, or none at all.
-        running = (old_lse, (old_lse > -jnp.inf).astype(jnp.float32), _tile(output, at, block.q_tile, 3))
+        old_output = jnp.einsum("btkgh->bkgth", _tile(output, at, block.q_tile, 1))
+        running = (old_lse, (old_lse > -jnp.inf).astype(jnp.float32), old_output)
 
         def key_tile(masked: bool, k_index: Int32[Array, ""], running: tuple[Array, ...]) -> tuple[Array, ...]:
             top, total, acc = running
             k, v = _key_value_tiles(block, k_index)
-            scores = scale * _dot("bkgth,bksh->bkgts", q, k)
+            scores = scale * _dot("btkgh,bskh->bkgts", q, k)
             if masked:
                 scores = jnp.where(_visible(block, index, k_index), scores, -jnp.inf)
             new_top = jnp.maximum(top, scores.max(axis=-1))
             shift = _finite(new_top)
             keep = jnp.exp(top - shift)
             probs = jnp.exp(scores - shift[..., None])
-            acc = acc * keep[..., None] + _dot("bkgts,bksh->bkgth", probs.astype(v.dtype), v)
+            acc = acc * keep[..., None] + _dot("bkgts,bskh->bkgth", probs.astype(v.dtype), v)
             return new_top, total * keep + probs.sum(axis=-1), acc
 
-        top, total, acc = _walk(jax.tree.map(lambda r: r[0, index], ranges), key_tile, running)
+        ranges = key_ranges_between(q_tiles.only(index), k_tiles, mask.is_causal, merge_batch=True)
+        top, total, acc = _walk(ranges, key_tile, running)
         seen = total > 0
         safe_total = jnp.where(seen, total, 1.0)
-        output = lax.dynamic_update_slice_in_dim(output, acc / safe_total[..., None], at, 3)
+        new_output = jnp.einsum("bkgth->btkgh", acc / safe_total[..., None])
+        output = lax.dynamic_update_slice_in_dim(output, new_output, at, 1)
         new_lse = jnp.where(seen, top + jnp.log(safe_total), -jnp.inf)
         return output, lax.dynamic_update_slice_in_dim(lse, new_lse, at, 3)
 
-    output, lse = lax.fori_loop(0, ranges.start.shape[1], query_tile, (output, lse))
-    return AttentionState(_tokens_first(output)[:, :num_queries], lse[..., :num_queries].reshape(state.lse.shape))
+    output, lse = lax.fori_loop(0, q_tiles.whole.shape[1], query_tile, (output, lse))
+    output = output[:, :num_queries].reshape(state.output.shape)
+    return AttentionState(output, lse[..., :num_queries].reshape(state.lse.shape))
 
 
 def backward(
@@ -98,17 +106,16 @@ def backward(
     scale: float,
 ) -> Gradients:
     """See `contract.BlockKernel.backward`. One pass, five products a tile; dK and dV of a tile are summed in place."""
-    num_queries, num_keys, num_kv_heads = query.shape[1], key.shape[1], key.shape[2]
+    num_queries, (_, num_keys, num_kv_heads, _) = query.shape[1], key.shape
     block = _block(query, key, value, mask)
-    ranges = query_ranges(mask, block.q_tile, block.k_tile, merge_batch=True)
-    d_out = _pad_dim(_heads_first(d_out, num_kv_heads), 3, block.q_tile)
-    dq = _pad_dim(_heads_first(dq, num_kv_heads), 3, block.q_tile)
+    q_tiles, k_tiles = _summaries(block)
+    d_out = _pad_dim(_split_heads(d_out, num_kv_heads), 1, block.q_tile)
+    dq = _pad_dim(_split_heads(dq, num_kv_heads), 1, block.q_tile)
     lse = _pad_dim(_finite(_group_heads(lse, num_kv_heads)), 3, block.q_tile)
     delta = _pad_dim(_group_heads(delta, num_kv_heads), 3, block.q_tile)
-    batch, _, padded_keys, head_dim = block.k.shape
     # Zeros that wait for this step's operands: constant ones would be filled at the start, for every step of a ring.
     zero, dq = lax.optimization_barrier((match_varying(jnp.float32(0), like=dq), dq))
-    zeros = jnp.full((batch, num_kv_heads, padded_keys, head_dim), zero)
+    zeros = jnp.full(block.k.shape, zero)
 
     def key_tile(k_index: Int32[Array, ""], carry: tuple[Array, ...]) -> tuple[Array, ...]:
         dq, dk, dv = carry
@@ -117,36 +124,34 @@ def backward(
         def query_tile(masked: bool, index: Int32[Array, ""], carry: tuple[Array, ...]) -> tuple[Array, ...]:
             dq, dk_tile, dv_tile = carry
             at = index * block.q_tile
-            q, d_o = _tile(block.q, at, block.q_tile, 3), _tile(d_out, at, block.q_tile, 3)
-            scores = scale * _dot("bkgth,bksh->bkgts", q, k)
+            q, d_o = _tile(block.q, at, block.q_tile, 1), _tile(d_out, at, block.q_tile, 1)
+            scores = scale * _dot("btkgh,bskh->bkgts", q, k)
             probs = jnp.exp(scores - _tile(lse, at, block.q_tile, 3)[..., None])
             if masked:
                 probs = jnp.where(_visible(block, index, k_index), probs, 0.0)
-            d_probs = _dot("bkgth,bksh->bkgts", d_o, v)
+            d_probs = _dot("btkgh,bskh->bkgts", d_o, v)
             d_scores = (scale * probs * (d_probs - _tile(delta, at, block.q_tile, 3)[..., None])).astype(q.dtype)
-            dv_tile += _dot("bkgts,bkgth->bksh", probs.astype(q.dtype), d_o)
-            dk_tile += _dot("bkgts,bkgth->bksh", d_scores, q)
-            share = _tile(dq, at, block.q_tile, 3) + _dot("bkgts,bksh->bkgth", d_scores, k)
-            return lax.dynamic_update_slice_in_dim(dq, share, at, 3), dk_tile, dv_tile
+            dv_tile += _dot("bkgts,btkgh->bskh", probs.astype(q.dtype), d_o)
+            dk_tile += _dot("bkgts,btkgh->bskh", d_scores, q)
+            share = _tile(dq, at, block.q_tile, 1) + _dot("bkgts,bskh->btkgh", d_scores, k)
+            return lax.dynamic_update_slice_in_dim(dq, share, at, 1), dk_tile, dv_tile
 
         at = k_index * block.k_tile
-        start = (dq, _tile(dk, at, block.k_tile, 2), _tile(dv, at, block.k_tile, 2))
-        dq, dk_tile, dv_tile = _walk(jax.tree.map(lambda r: r[0, k_index], ranges), query_tile, start)
-        dk = lax.dynamic_update_slice_in_dim(dk, dk_tile, at, 2)
-        return dq, dk, lax.dynamic_update_slice_in_dim(dv, dv_tile, at, 2)
+        start = (dq, _tile(dk, at, block.k_tile, 1), _tile(dv, at, block.k_tile, 1))
+        ranges = query_ranges_between(q_tiles, k_tiles.only(k_index), mask.is_causal, merge_batch=True)
+        dq, dk_tile, dv_tile = _walk(ranges, query_tile, start)
+        dk = lax.dynamic_update_slice_in_dim(dk, dk_tile, at, 1)
+        return dq, dk, lax.dynamic_update_slice_in_dim(dv, dv_tile, at, 1)
 
-    dq, dk, dv = lax.fori_loop(0, ranges.start.shape[1], key_tile, (dq, zeros, zeros))
-    return Gradients(
-        _tokens_first(dq)[:, :num_queries],
-        dk.transpose(0, 2, 1, 3)[:, :num_keys],
-        dv.transpose(0, 2, 1, 3)[:, :num_keys],
-    )
+    dq, dk, dv = lax.fori_loop(0, k_tiles.whole.shape[1], key_tile, (dq, zeros, zeros))
+    return Gradients(dq[:, :num_queries].reshape(query.shape), dk[:, :num_keys], dv[:, :num_keys])
 
 
 def _walk(
     ranges: TileRanges, tile: Callable[[bool, Int32[Array, ""], tuple[Array, ...]], tuple[Array, ...]], carry: tuple
 ) -> tuple[Array, ...]:
-    """Visits the tiles of one row: with the mask, without it where every pair is visible, and with it again."""
+    """Visits the tiles of the only row: with the mask, without it where every pair is visible, and with it again."""
+    ranges = jax.tree.map(lambda x: x[0, 0], ranges)
     for masked, first, last in (
         (True, ranges.start, ranges.full_start),
         (False, ranges.full_start, ranges.full_end),
@@ -160,9 +165,9 @@ def _block(query: Array, key: Array, value: Array, mask: BlockMask) -> _Block:
     q_tile, k_tile = _tile_sides(query.shape, key.shape)
     # Padded queries and keys get segment id 0 where there are ids, and lie outside the last tile's length where not.
     return _Block(
-        _pad_dim(_heads_first(query, key.shape[2]), 3, q_tile),
-        _pad_dim(key.transpose(0, 2, 1, 3), 2, k_tile),
-        _pad_dim(value.transpose(0, 2, 1, 3), 2, k_tile),
+        _pad_dim(_split_heads(query, key.shape[2]), 1, q_tile),
+        _pad_dim(key, 1, k_tile),
+        _pad_dim(value, 1, k_tile),
         mask,
         q_tile,
         k_tile,
@@ -170,13 +175,28 @@ def _block(query: Array, key: Array, value: Array, mask: BlockMask) -> _Block:
 
 
 def _tile_sides(query_shape: tuple[int, ...], key_shape: tuple[int, ...]) -> tuple[int, int]:
-    """Powers of two; one tile of scores, all heads counted, is far smaller than the dense matrix of a single head."""
-    batch, num_queries, num_heads, _ = query_shape
-    most = min(_MAX_TILE_SCORES, num_queries * key_shape[1] // 2)
+    """Powers of two; one tile of scores, all heads counted, is far smaller than the dense matrix of a single head.
+
+    It is also far smaller than the queries, or as small as is fast: the memory of a step is that of its tokens.
+    """
+    batch, num_queries, num_heads, head_dim = query_shape
+    of_queries = batch * num_queries * num_heads * head_dim // 16
+    enough = batch * num_heads * _FAST_TILE_SIDE**2
+    most = min(_MAX_TILE_SCORES, num_queries * key_shape[1] // 2, max(of_queries, enough))
     side = _MAX_TILE_SIDE
     while side > _MIN_TILE_SIDE and batch * num_heads * side * side > most:
         side //= 2
     return side, side
+
+
+def _summaries(block: _Block) -> tuple[TileSummary, TileSummary]:
+    """Of the two sides. Ranges are taken from them one row of tiles at a time: all rows at once would need memory for
+    every pair of tiles."""
+    mask = block.mask
+    return (
+        summarize_tiles(mask.q_positions, mask.q_segment_ids, block.q_tile),
+        summarize_tiles(mask.k_positions, mask.k_segment_ids, block.k_tile),
+    )
 
 
 def _visible(block: _Block, q_index: Int32[Array, ""], k_index: Int32[Array, ""]) -> Bool[Array, "B 1 1 q k"]:
@@ -197,7 +217,7 @@ def _visible(block: _Block, q_index: Int32[Array, ""], k_index: Int32[Array, ""]
 
 def _key_value_tiles(block: _Block, index: Int32[Array, ""]) -> tuple[Array, Array]:
     at = index * block.k_tile
-    return _tile(block.k, at, block.k_tile, 2), _tile(block.v, at, block.k_tile, 2)
+    return _tile(block.k, at, block.k_tile, 1), _tile(block.v, at, block.k_tile, 1)
 
 
 def _dot(equation: str, x: Array, y: Array) -> Array:
@@ -220,15 +240,9 @@ def _pad_dim(x: Array, dim: int, tile: int, value: float = 0) -> Array:
     return jnp.pad(x, pads, constant_values=value) if missing else x
 
 
-def _heads_first(x: Float[Array, "B T N H"], num_kv_heads: int) -> Float[Array, "B K G T H"]:
+def _split_heads(x: Float[Array, "B T N H"], num_kv_heads: int) -> Float[Array, "B T K G H"]:
     batch, tokens, num_heads, head_dim = x.shape
-    grouped = x.reshape(batch, tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    return grouped.transpose(0, 2, 3, 1, 4)
-
-
-def _tokens_first(x: Float[Array, "B K G T H"]) -> Float[Array, "B T N H"]:
-    batch, num_kv_heads, group, tokens, head_dim = x.shape
-    return x.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, num_kv_heads * group, head_dim)
+    return x.reshape(batch, tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
 
 
 def _group_heads(x: Float32[Array, "B N T"], num_kv_heads: int) -> Float32[Array, "B K G T"]:
