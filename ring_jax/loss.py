@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Float32, Int, Shaped
 from .collectives import AxisName
 from .kernels import match_varying
 from .precision import matmul
-from .token_shards import from_chunks, map_token_shards, on_auto_axes, to_chunks
+from .token_shards import constrain_weight, from_chunks, map_token_shards, on_auto_axes, to_chunks
 
 
 def cross_entropy(
@@ -23,6 +23,7 @@ def cross_entropy(
     chunk_size: int = 1024,
     seq_axis: AxisName = "seq",
     batch_axis: AxisName | None = "data",
+    vocab_axis: AxisName | None = "tensor",
 ) -> Float32[Array, ""]:
     """Mean cross entropy of `softmax(hidden @ unembedding)` against `targets`, in nats per token.
 
@@ -34,7 +35,7 @@ def cross_entropy(
 
     Args:
         hidden: final hidden states, sharded or not; any token order, the same as that of `targets`.
-        unembedding: maps hidden states to logits; sharding of its vocab dim over another mesh axis is kept.
+        unembedding: maps hidden states to logits.
         targets: the id of each token's successor, `0 <= id < vocab`. An id out of range gives NaN unless its weight
             is 0, so any id may stand for "nothing to predict" where the weight says so.
         weights: the weight of each token's loss, any numeric or bool dtype; 1 for all if None. Not differentiated.
@@ -42,6 +43,7 @@ def cross_entropy(
         seq_axis: mesh axis, or tuple of axes, that T is sharded over in the mesh of `jax.set_mesh`. Without a mesh,
             or inside `shard_map` over the axis, the mean is that of the tokens given.
         batch_axis: the same for B.
+        vocab_axis: the same for the vocab, which stays whole where it does not divide by it.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together, or a dim that does not divide by its mesh axes.
@@ -52,7 +54,7 @@ def cross_entropy(
         losses = map_token_shards(
             lambda tokens, kernel: _token_losses(chunk_size, tokens[0], kernel, tokens[1]),
             (hidden, targets.astype(jnp.int32)),
-            unembedding,
+            constrain_weight(unembedding, 1, vocab_axis),
             batch_axis=batch_axis,
             seq_axis=seq_axis,
         )

@@ -214,6 +214,7 @@ class _Layer(nnx.Module):
             chunk_size=config.mlp_chunk,
             seq_axis=config.attention.seq_axis,
             batch_axis=config.attention.batch_axis,
+            width_axis=config.attention.head_axis,
             rngs=rngs,
             **dtypes,
         )
@@ -221,9 +222,12 @@ class _Layer(nnx.Module):
     def __call__(
         self, h: Float[Array, "B T D"], positions: Array | None, segment_ids: Array | None
     ) -> Float[Array, "B T D"]:
-        normed = self.attention_norm(h).astype(h.dtype)
-        h = h + self.attention(normed, positions=positions, segment_ids=segment_ids)
-        return h + self.mlp(self.mlp_norm(h).astype(h.dtype))
+        # The names show in profiles, and tell the planner whose memory a buffer is.
+        with jax.named_scope("attention"):
+            normed = self.attention_norm(h).astype(h.dtype)
+            h = h + self.attention(normed, positions=positions, segment_ids=segment_ids)
+        with jax.named_scope("mlp"):
+            return h + self.mlp(self.mlp_norm(h).astype(h.dtype))
 
 
 def _stacked_layers(config: TransformerConfig, rngs: nnx.Rngs) -> _Layer:

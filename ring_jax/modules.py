@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
@@ -16,7 +18,15 @@ from .kernels import IMPLEMENTATIONS
 from .layouts import LAYOUTS, layout_positions
 from .precision import matmul_precision
 from .rope import apply_rope
-from .token_shards import call_on_auto_axes, from_chunks, map_token_shards, num_shards, to_chunks, token_spec
+from .token_shards import (
+    call_on_auto_axes,
+    constrain_weight,
+    from_chunks,
+    map_token_shards,
+    num_shards,
+    to_chunks,
+    token_spec,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +101,7 @@ class RingAttention(nnx.Module):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         head_dim = default_head_dim(features, num_heads) if head_dim is None else head_dim
         check_heads(num_heads, num_kv_heads, head_dim, uses_rope=rope_theta is not None)
+        options = AttentionOptions() if options is None else options
         project = functools.partial(
             nnx.LinearGeneral,
             use_bias=False,
@@ -99,15 +110,17 @@ class RingAttention(nnx.Module):
             precision=matmul_precision(dtype),
             rngs=rngs,
         )
-        self.query = project(features, (num_heads, head_dim))
-        self.key = project(features, (num_kv_heads, head_dim))
-        self.value = project(features, (num_kv_heads, head_dim))
-        self.out = project((num_heads, head_dim), features, axis=(-2, -1))
+        to_heads = functools.partial(project, features, promote_dtype=_SplitHeads(1, options.head_axis))
+        self.query = to_heads((num_heads, head_dim))
+        self.key = to_heads((num_kv_heads, head_dim))
+        self.value = to_heads((num_kv_heads, head_dim))
+        from_heads = _SplitHeads(0, options.head_axis)
+        self.out = project((num_heads, head_dim), features, axis=(-2, -1), promote_dtype=from_heads)
         self.query_norm = rms_norm(head_dim, param_dtype=param_dtype, rngs=rngs) if qk_norm else None
         self.key_norm = rms_norm(head_dim, param_dtype=param_dtype, rngs=rngs) if qk_norm else None
         self.is_causal = is_causal
         self.rope_theta = rope_theta
-        self.options = AttentionOptions() if options is None else options
+        self.options = options
 
     def __call__(
         self,
@@ -142,6 +155,18 @@ class RingAttention(nnx.Module):
         return self.out(ring_attention(query, key, value, is_causal=self.is_causal, segment_ids=segment_ids, **options))
 
 
+@dataclasses.dataclass(frozen=True)
+class _SplitHeads:
+    """Flax's hook for casting a projection's arrays before use; also says that dim `dim` of the kernel is the heads."""
+
+    dim: int
+    head_axis: AxisName | None
+
+    def __call__(self, args: Any, /, *, dtype: Any = None, inexact: bool = True) -> Any:
+        inputs, kernel, bias = flax_promote_dtype(args, dtype=dtype, inexact=inexact)
+        return inputs, constrain_weight(kernel, self.dim, self.head_axis), bias
+
+
 class BlockwiseMLP(nnx.Module):
     """SwiGLU feed-forward, `down(silu(gate(x)) * up(x))` (arXiv:2002.05202), a chunk of tokens at a time.
 
@@ -159,6 +184,7 @@ class BlockwiseMLP(nnx.Module):
         chunk_size: int = 2048,
         seq_axis: AxisName = "seq",
         batch_axis: AxisName | None = "data",
+        width_axis: AxisName | None = "tensor",
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -171,6 +197,7 @@ class BlockwiseMLP(nnx.Module):
             chunk_size: the most tokens of a shard that are expanded to `width` at once.
             seq_axis: mesh axis, or tuple of axes, that T is sharded over in the mesh of `jax.set_mesh`, if any.
             batch_axis: the same for B.
+            width_axis: the same for the hidden activations, which stay whole where they do not divide by it.
             dtype: of products and the result.
             param_dtype: of the parameters.
             rngs: where the parameters' randomness comes from.
@@ -188,6 +215,7 @@ class BlockwiseMLP(nnx.Module):
         self.chunk_size = chunk_size
         self.seq_axis = seq_axis
         self.batch_axis = batch_axis
+        self.width_axis = width_axis
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -199,9 +227,16 @@ class BlockwiseMLP(nnx.Module):
         features = self.gate.shape[0]
         if x.ndim != 3 or x.shape[-1] != features:
             raise ValueError(f"BlockwiseMLP takes [B, T, D] with D = {features}, got {x.shape}")
-        weights = self.gate[...], self.up[...], self.down[...]
+        spec = token_spec(self.batch_axis, self.seq_axis)
+        return call_on_auto_axes(BlockwiseMLP._run, self, x.astype(self.dtype), out_spec=spec)
+
+    def _run(self, x: Array) -> Array:
+        weights = tuple(
+            constrain_weight(weight[...], dim, self.width_axis)
+            for weight, dim in ((self.gate, 1), (self.up, 1), (self.down, 0))
+        )
         run = functools.partial(_swiglu_in_chunks, chunk_size=self.chunk_size)
-        return map_token_shards(run, x.astype(self.dtype), weights, batch_axis=self.batch_axis, seq_axis=self.seq_axis)
+        return map_token_shards(run, x, weights, batch_axis=self.batch_axis, seq_axis=self.seq_axis)
 
 
 def _swiglu_in_chunks(

@@ -47,6 +47,18 @@ def constrain(x: Shaped[Array, "B T ..."], spec: PartitionSpec) -> Shaped[Array,
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def constrain_weight(weight: Shaped[Array, "..."], dim: int, axis: AxisName | None) -> Shaped[Array, "..."]:
+    """Tells the partitioner to use `weight` cut along `dim` over `axis` (tensor parallelism), gathered over all others.
+
+    Left to itself it may gather over `axis` too, and every device of it then does the same work. Nothing where the mesh
+    has no such axis or `dim` does not divide by it.
+    """
+    names = tuple(name for name in _names(axis) if name in _axes_of_kind(AxisType.Auto))
+    if not names or weight.shape[dim] % num_shards(names):
+        return weight
+    return jax.lax.with_sharding_constraint(weight, PartitionSpec(*[None] * dim, names))
+
+
 def map_token_shards(
     fn: Callable[[PyTree, PyTree], PyTree],
     tokens: PyTree,

@@ -13,7 +13,7 @@ import ring_jax
 from tests.budget import assert_within_budget
 from tests.jaxpr_shapes import has_elements, intermediate_shapes
 
-BATCH, SEQ_LEN, DIM, VOCAB = 2, 88, 16, 37
+BATCH, SEQ_LEN, DIM, VOCAB = 2, 88, 16, 38
 MESHES = {
     "auto": ((2, 4), ("data", "seq"), (AxisType.Auto,) * 2),
     "explicit": ((2, 4), ("data", "seq"), (AxisType.Explicit,) * 2),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -198,6 +199,38 @@ def test_compile_size_does_not_grow_with_depth(auto_mesh):
 
     with jax.set_mesh(auto_mesh):
         assert equations(1) == equations(6)
+
+
+def test_the_tensor_axis_shares_the_work_wherever_weights_lie():
+    """Heads, feed-forward and vocab are computed in halves on two devices, though no weight comes cut over them."""
+    heads, width, vocab = 2 * 7, 2 * 53, 2 * 59
+    config = TransformerConfig(
+        vocab_size=vocab, model_dim=32, num_layers=2, num_heads=heads, head_dim=4, mlp_dim=width, remat="attention"
+    )
+    mesh = jax.make_mesh((2, 2, 2), ("data", "seq", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    graph, state = nnx.split(_abstract(config))
+
+    def shard(weight):
+        spec = PartitionSpec(*(("data", "seq") if size == config.model_dim else None for size in weight.shape))
+        return jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=NamedSharding(mesh, spec))
+
+    def loss(state, tokens):
+        model = nnx.merge(graph, state)
+        return ring_jax.cross_entropy(model.hidden(tokens), model.unembedding, tokens)
+
+    sharding = NamedSharding(mesh, PartitionSpec("data", "seq"))
+    tokens = jax.ShapeDtypeStruct((2, 1024), jnp.int32, sharding=sharding)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.grad(loss)).lower(jax.tree.map(shard, state), tokens).compile()
+    shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", compiled.as_text() or "")}
+    on_a_shard, chunk = 1024 // 2, 1024 // 2 // 4
+    for name, halves, all_of_it in (
+        ("heads", (1, on_a_shard, heads // 2, 4), (1, on_a_shard, heads, 4)),
+        ("feed-forward", (chunk, width // 2), (chunk, width)),
+        ("logits", (chunk, vocab // 2), (chunk, vocab)),
+    ):
+        assert halves in shapes, name
+        assert all_of_it not in shapes, name
 
 
 @pytest.mark.parametrize(

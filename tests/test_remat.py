@@ -12,7 +12,7 @@ import ring_jax
 from ring_jax import AttentionOptions, Transformer, TransformerConfig
 from ring_jax.model import REMAT_MODES
 
-SHARDS = 4
+SHARDS = 2
 
 
 @pytest.fixture(scope="module")
