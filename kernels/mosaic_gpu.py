@@ -18,9 +18,11 @@ from jaxtyping import Array, Float, Float32
 from .contract import AttentionState, BlockMask, Gradients
 from .mosaic_gpu_backward import BackwardConfig, differentiate
 from .mosaic_gpu_forward import attend, default_config
+from .mosaic_gpu_two_pass import differentiate_keys, differentiate_queries
 
 DTYPES = (jnp.bfloat16, jnp.float16)
-MAX_HEAD_DIM = 128
+MAX_HEAD_DIM = 256
+_MAX_FUSED_HEAD_DIM = 128
 _ROW_MULTIPLE = 8
 
 
@@ -78,18 +80,37 @@ def backward(
 ) -> Gradients:
     """This block's gradients; its share of `dq` is added in place. See `contract.BlockKernel`.
 
-    The copy engine adds the shares of `dq` in no fixed order, so its last bits may differ between two runs; those of
-    `dk` and `dv` do not. Raises NotImplementedError like `forward`.
+    Up to head dim 128 one kernel computes all three. In it the copy engine adds the shares of `dq` in no fixed order,
+    so the last bits of `dq` may differ between two runs; those of `dk` and `dv` do not. Raises NotImplementedError
+    like `forward`.
     """
+    if query.shape[3] > _MAX_FUSED_HEAD_DIM:
+        return deterministic_backward(query, key, value, d_out, lse, delta, dq, mask, scale=scale)
     _refuse(query, scale)
-    (num_queries, num_keys), head_dim = (query.shape[1], key.shape[1]), query.shape[3]
-    columns = 64 if head_dim <= 64 else _round_up(head_dim, 128)
-    config = BackwardConfig(q_tile=128) if columns == 64 else BackwardConfig(q_tile=64)
-    query, key, value, d_out, dq = (_pad(x, columns) for x in (query, key, value, d_out, dq))
-    lse, delta = (jnp.pad(x, ((0, 0), (0, 0), (0, -num_queries % _ROW_MULTIPLE))) for x in (lse, delta))
-    result = differentiate(query, key, value, d_out, lse, delta, dq, mask, scale=scale, config=config)
-    dk, dv = (x[:, :num_keys, :, :head_dim] for x in (result.dk, result.dv))
-    return Gradients(result.dq[:, :num_queries, :, :head_dim], dk, dv)
+    columns = 64 if query.shape[3] <= 64 else 128
+    config = BackwardConfig(q_tile=128 if columns == 64 else 64)
+    inputs, dq = _pad_all(query, key, value, d_out, lse, delta, dq, columns=columns)
+    result = differentiate(*inputs, dq, mask, scale=scale, config=config)
+    return _crop(result, query, key)
+
+
+def deterministic_backward(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    d_out: Float[Array, "B T N H"],
+    lse: Float32[Array, "B N T"],
+    delta: Float32[Array, "B N T"],
+    dq: Float32[Array, "B T N H"],
+    mask: BlockMask,
+    *,
+    scale: float,
+) -> Gradients:
+    """Like `backward`, adding in a fixed order: two runs give identical bits. Two kernels, eight products, not five."""
+    _refuse(query, scale)
+    inputs, dq = _pad_all(query, key, value, d_out, lse, delta, dq, columns=_round_up(query.shape[3], 32))
+    dk, dv = differentiate_keys(*inputs, mask, scale=scale)
+    return _crop(Gradients(differentiate_queries(*inputs, dq, mask, scale=scale), dk, dv), query, key)
 
 
 def _refuse(query: Float[Array, "B T N H"], scale: float) -> None:
@@ -98,6 +119,22 @@ def _refuse(query: Float[Array, "B T N H"], scale: float) -> None:
         reason = f"it needs a finite scale above 0, got {scale}, which 'xla' takes"
     if reason is not None:
         raise NotImplementedError(f"implementation 'mosaic_gpu' cannot run this: {reason}")
+
+
+def _pad_all(query, key, value, d_out, lse, delta, dq, *, columns: int) -> tuple[tuple, jax.Array]:
+    """The inputs of a backward kernel but for the mask, rows and columns padded, and the padded dQ."""
+    rows = -query.shape[1] % _ROW_MULTIPLE
+    if rows:
+        lse, delta = (jnp.pad(x, ((0, 0), (0, 0), (0, rows))) for x in (lse, delta))
+    query, key, value, d_out, dq = (_pad(x, columns) for x in (query, key, value, d_out, dq))
+    return (query, key, value, d_out, lse, delta), dq
+
+
+def _crop(gradients: Gradients, query: jax.Array, key: jax.Array) -> Gradients:
+    dq, dk, dv = (
+        x[:, : like.shape[1], :, : like.shape[3]] for x, like in zip(gradients, (query, key, key), strict=True)
+    )
+    return Gradients(dq, dk, dv)
 
 
 def _pad(x: Float[Array, "B T N H"], columns: int) -> Float[Array, "B T8 N columns"]:

@@ -27,6 +27,7 @@ from .mosaic_gpu_primitives import (
     across_rows,
     add_to_gmem,
     full,
+    hidden_zero,
     matrix_scratch,
     sum_of_products,
     two_scores,
@@ -56,7 +57,7 @@ class BackwardConfig:
         return _COMPUTE_WARPGROUPS * WARPGROUP_ROWS
 
 
-class _Inputs(NamedTuple):
+class BackwardInputs(NamedTuple):
     """Arrays (outside) or references (inside) that the kernel reads."""
 
     query: Float[Array, "B T N H"]
@@ -120,7 +121,7 @@ class _Program:
             return self.config.q_tile, self.head_dim // _COMPUTE_WARPGROUPS
         return self.config.q_tile // _COMPUTE_WARPGROUPS, self.head_dim
 
-    def run(self, inputs: _Inputs, dq, dk, dv, scratch: _Scratch) -> None:
+    def run(self, inputs: BackwardInputs, dq, dk, dv, scratch: _Scratch) -> None:
         warpgroup = lax.axis_index("warpgroup")
         batch, kv_head, key_tile = (lax.axis_index(name) for name in ("batch", "kv_heads", "key_tiles"))
         walk = Walk.read(inputs.ranges, batch, key_tile)
@@ -145,7 +146,7 @@ class _Program:
         tile = place.walk.tile(lax.rem(step, steps))
         return place.kv_head * self.group + lax.div(step, steps), tile * self.config.q_tile
 
-    def _produce(self, inputs: _Inputs, scratch: _Scratch, place: "_Place") -> None:
+    def _produce(self, inputs: BackwardInputs, scratch: _Scratch, place: "_Place") -> None:
         config = self.config
 
         def copy_tiles(step, slot):
@@ -174,19 +175,20 @@ class _Program:
         def _wait_for_last_readers(slot):
             plgpu.barrier_wait(scratch.tiles_free.at[slot])
 
-    def _compute(self, inputs: _Inputs, dq, dk, dv, scratch: _Scratch, place: "_Place", warpgroup) -> None:
+    def _compute(self, inputs: BackwardInputs, dq, dk, dv, scratch: _Scratch, place: "_Place", warpgroup) -> None:
         config, walk = self.config, place.walk
-        key, value = scratch.key.at[warpgroup], scratch.value.at[warpgroup]
         keys = place.key_rows(warpgroup)
         shape = (WARPGROUP_ROWS, config.q_tile)
         # This warpgroup's half of dQ: of the rows if each half is a whole product's worth of rows, else of the columns.
         num_rows, num_columns = self.d_query_part
         first_row = 0 if num_rows == config.q_tile else warpgroup * num_rows
         columns = pl.ds(0 if num_columns == self.head_dim else warpgroup * num_columns, num_columns)
-        rights = [scratch.key.at[w, :, columns] for w in range(_COMPUTE_WARPGROUPS)]
 
-        def lefts_of(slot):
-            return [scratch.d_scores.at[slot, w, :, pl.ds(first_row, num_rows)] for w in range(_COMPUTE_WARPGROUPS)]
+        def d_query_factors(slot):
+            both, rows = range(_COMPUTE_WARPGROUPS), pl.ds(first_row, num_rows)
+            lefts = [scratch.d_scores.at[slot, w, :, rows] for w in both]
+            zero = hidden_zero()
+            return lefts, [scratch.key.at[w + zero, :, columns] for w in both]
 
         def add_d_query(step, product):
             """Sends off this warpgroup's half of the dQ of a step."""
@@ -201,19 +203,22 @@ class _Program:
             dk, dv = carry
             step = head * walk.steps + tile_step
             slot, last_slot = self._slot(step), self._slot(step + config.stages - 1)
-            mask = None
-            if is_partial:
-                queries = pl.ds(walk.tile(tile_step) * config.q_tile, config.q_tile)
-                mask = inputs.mask.visible(
-                    place.batch, queries, keys, is_causal=self.is_causal, num_keys=self.num_keys, keys_in_rows=True
-                )
             plgpu.barrier_wait(scratch.query_ready.at[slot])
             plgpu.barrier_wait(scratch.d_out_ready.at[slot])
+
+            own = warpgroup + hidden_zero()
+            key, value = scratch.key.at[own], scratch.value.at[own]
 
             def probabilities(products):
                 lse = plgpu.load(scratch.statistics.at[slot, 0], layout=COLUMNS) * _LOG2_E
                 result = jnp.exp2(products * (self.scale * _LOG2_E) - across_rows(lse, shape))
-                return result if mask is None else jnp.where(mask, result, 0.0)
+                if not is_partial:
+                    return result
+                queries = pl.ds(walk.tile(tile_step) * config.q_tile, config.q_tile)
+                visible = inputs.mask.visible(
+                    place.batch, queries, keys, is_causal=self.is_causal, num_keys=self.num_keys, keys_in_rows=True
+                )
+                return jnp.where(visible, result, 0.0)
 
             probs, d_probs = two_scores(key, scratch.query.at[slot], value, scratch.d_out.at[slot], use=probabilities)
             delta = plgpu.load(scratch.statistics.at[slot, 1], layout=COLUMNS)
@@ -233,8 +238,7 @@ class _Program:
             dv, dk = accumulate_two_beside(
                 (dv, probs.astype(self.dtype), scratch.d_out.at[slot]),
                 (dk, d_scores, scratch.query.at[slot]),
-                lefts_of(last_slot),
-                rights,
+                *d_query_factors(last_slot),
                 use=use,
             )
             plgpu.barrier_arrive(scratch.tiles_free.at[slot])
@@ -255,7 +259,7 @@ class _Program:
         def _last_d_query():
             slot = self._slot(steps - 1)
             plgpu.barrier_wait(scratch.d_scores_ready.at[slot])
-            product = sum_of_products(lefts_of(slot), rights)
+            product = sum_of_products(*d_query_factors(slot))
             plgpu.barrier_arrive(scratch.d_scores_free.at[slot])
             add_d_query(steps - 1, product)
 
@@ -271,7 +275,7 @@ class _Program:
             buffer[...] = gradient
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(buffer, target.at[place.batch, keys, place.kv_head])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 class _Place(NamedTuple):
@@ -314,7 +318,7 @@ def differentiate(
     )
     masks = MaskInputs.of(mask, config.q_tile, config.k_tile)
     ranges = query_ranges(mask, config.q_tile, config.k_tile)
-    leaves, treedef = jax.tree.flatten(_Inputs(query, key, value, d_out, lse, delta, masks, ranges))
+    leaves, treedef = jax.tree.flatten(BackwardInputs(query, key, value, d_out, lse, delta, masks, ranges))
 
     def body(*refs, **scratch):
         *input_refs, dq_ref, dk_ref, dv_ref = refs

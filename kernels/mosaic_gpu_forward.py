@@ -27,6 +27,7 @@ from .mosaic_gpu_primitives import (
     accumulate,
     across_columns,
     full,
+    hidden_zero,
     matrix_scratch,
     scores,
     scores_while_accumulating,
@@ -205,7 +206,6 @@ class _Program:
 
     def _compute(self, inputs, state, scratch, walk, batch, head, row_tile, warpgroup) -> None:
         first_row = row_tile * self.config.q_tile + warpgroup * WARPGROUP_ROWS
-        query = scratch.query.at[warpgroup]
         next_warpgroup = lax.rem(warpgroup + 1, jnp.int32(self.config.compute_warpgroups))
         row_lse = state.lse.at[batch, head, pl.ds(first_row, WARPGROUP_ROWS)]
         old_lse = plgpu.load(row_lse, layout=ROWS, optimized=False)
@@ -243,7 +243,7 @@ class _Program:
                 return self._update(softmax, products, mask)
 
             (softmax, decay, weights), acc = scores_while_accumulating(
-                query,
+                scratch.query.at[warpgroup + hidden_zero()],
                 scratch.key.at[slot],
                 acc,
                 weights,
@@ -261,7 +261,7 @@ class _Program:
         mask = visible(jnp.int32(0))
         plgpu.barrier_wait(scratch.key_ready.at[0])
         take_turn()
-        products = scores(query, scratch.key.at[0])
+        products = scores(scratch.query.at[warpgroup], scratch.key.at[0])
         give_turn()
         plgpu.barrier_arrive(scratch.key_free.at[0])
         empty = _Softmax(full((WARPGROUP_ROWS,), -jnp.inf, ROWS), full((WARPGROUP_ROWS,), 0, ROWS))
@@ -284,7 +284,7 @@ class _Program:
         output[...], row_lse[...] = self._merge(acc, softmax, old_output, old_lse)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(output, state.output.at[batch, pl.ds(first_row, WARPGROUP_ROWS), head])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def _update(self, softmax: _Softmax, products, mask):
         """Softmax state after one key tile, what earlier sums decay by, and the tile's weights."""

@@ -53,6 +53,15 @@ def across_rows(columns: jax.Array, shape: tuple[int, int]) -> jax.Array:
     return lax.broadcast_in_dim(columns, shape, [1])
 
 
+def hidden_zero() -> jax.Array:
+    """A zero that the compiler takes for a new number in every iteration of a loop.
+
+    Added to the index of a tile that does not change in the loop, it keeps the compiler from computing the addresses of
+    all of the tile's products before the loop and holding them in registers that the accumulators need.
+    """
+    return lax.optimization_barrier(jnp.int32(0))
+
+
 def scores(query, key) -> jax.Array:
     """`query @ key.T` of two matrices in shared memory, waited for."""
 

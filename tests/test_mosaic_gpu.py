@@ -22,9 +22,24 @@ CASES = [
 def test_interpreter_agrees_with_the_oracle_without_races(case, capfd):
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         found = blocks(case)(mosaic_gpu.forward, mosaic_gpu.backward, arrays(case))
-    found = {name: np.asarray(value) for name, value in found.items()}
-    assert failures(case, found) == []
+    assert failures(case, {name: np.asarray(value) for name, value in found.items()}) == []
     assert _races(capfd.readouterr().out) == []
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(queries=136, keys=200, heads=2, kv_heads=1, head_dim=32),
+        Case(dtype="float16", queries=99, keys=77, heads=1, kv_heads=1, head_dim=64, has_segments=True),
+        Case(queries=72, keys=72, heads=1, kv_heads=1, head_dim=256, shuffled=True),
+    ],
+    ids=str,
+)
+def test_two_pass_backward_agrees_with_the_oracle_without_races(case, capfd):
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        found = blocks(case)(mosaic_gpu.forward, mosaic_gpu.deterministic_backward, arrays(case))
+    assert failures(case, {name: np.asarray(value) for name, value in found.items()}) == []
+    assert "RACE DETECTED" not in capfd.readouterr().out
 
 
 def _races(log: str) -> list[str]:
