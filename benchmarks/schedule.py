@@ -20,6 +20,7 @@ import tyro
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import ring_jax
+from ring_jax import kernels
 from ring_jax.cluster import Schedule, compile_only_devices, read_schedule
 from ring_jax.mesh import parse_mesh
 
@@ -107,8 +108,9 @@ def compile_ring(case: RingCase) -> tuple[CompiledRing, CompiledRing]:
     hops = shape["seq"] - 1
     key_bytes, id_bytes = _device_bytes(k), 0 if ids is None else _device_bytes(ids)
     block_sent = hops * (2 * key_bytes + id_bytes)
-    # dK and dV travel in float32, and make one hop more than K and V: home to their owner, in the keys' dtype.
-    gradients_sent = 2 * (_device_bytes(k, 4) * hops + key_bytes) if hops else 0
+    # dK and dV travel in float32, and make one hop more than K and V: home to their owner, rounded if complete.
+    is_complete = not kernels.has_fused_backward(_implementation(case, devices[0]))
+    gradients_sent = 2 * (_device_bytes(k, 4) * hops + (key_bytes if is_complete else _device_bytes(k, 4)))
 
     def compiled(name: str, fn: Callable, arguments: tuple, necessary_bytes: int, sent: int) -> CompiledRing:
         program = jit(fn).lower(*arguments).compile()
@@ -117,7 +119,13 @@ def compile_ring(case: RingCase) -> tuple[CompiledRing, CompiledRing]:
 
     return (
         compiled("forward", forward, (q, k, k, ids), _necessary_forward(q, k), block_sent),
-        compiled("gradient", gradient, (q, k, k, ids, q), _necessary_backward(q, k), 2 * block_sent + gradients_sent),
+        compiled(
+            "gradient",
+            gradient,
+            (q, k, k, ids, q),
+            _necessary_backward(q, k),
+            2 * block_sent + (gradients_sent if hops else 0),
+        ),
     )
 
 
@@ -132,6 +140,11 @@ def _arguments(case: RingCase, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
     )
     ids = jax.ShapeDtypeStruct((batch, tokens), jnp.int32, sharding=sharding) if case.segments else None
     return q, k, ids
+
+
+def _implementation(case: RingCase, device: jax.Device) -> str:
+    need = kernels.Need(kernels.Target.of_device(device), case.dtype, case.head_dim)
+    return kernels.choose(case.implementation, need)
 
 
 def _device_bytes(x: jax.ShapeDtypeStruct, itemsize: int | None = None) -> int:

@@ -5,7 +5,10 @@ from .contract import BlockKernel as BlockKernel
 from .contract import BlockMask as BlockMask
 from .contract import Gradients as Gradients
 from .registry import IMPLEMENTATIONS as IMPLEMENTATIONS
+from .registry import Need as Need
 from .registry import Target as Target
 from .registry import choose as choose
+from .registry import has_fused_backward as has_fused_backward
 from .registry import load as load
+from .registry import works_with_check_vma as works_with_check_vma
 from .varying import match_varying as match_varying

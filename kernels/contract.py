@@ -9,7 +9,8 @@ import dataclasses
 from typing import NamedTuple, Protocol
 
 import jax
-from jaxtyping import Array, Float, Float32, Int32
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 
 class AttentionState(NamedTuple):
@@ -37,6 +38,16 @@ class BlockMask:
     q_segment_ids: Int32[Array, "B T"] | None
     k_segment_ids: Int32[Array, "B S"] | None
     is_causal: bool = dataclasses.field(metadata=dict(static=True))
+
+    def without(self, hidden_keys: Bool[Array, " S"]) -> "BlockMask":
+        """This mask with some of the keys hidden from every query, so that a kernel skips their tiles."""
+        never = jnp.iinfo(jnp.int32).max
+        if self.is_causal:
+            return dataclasses.replace(self, k_positions=jnp.where(hidden_keys, never, self.k_positions))
+        k_positions = jnp.where(hidden_keys, never, jnp.zeros_like(self.k_positions))
+        return dataclasses.replace(
+            self, q_positions=jnp.zeros_like(self.q_positions), k_positions=k_positions, is_causal=True
+        )
 
 
 class Gradients(NamedTuple):

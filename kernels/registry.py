@@ -11,11 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from .contract import AttentionState, BlockKernel, Gradients
+from .ptxas import miscompiling_reason
 from .triton_gpu import target as triton_target
 
-# Module of each implementation, best first: the first that can compute a block on a device is its default.
-_MODULES = {"triton": "triton_gpu", "xla": "xla"}
+_MODULES = {"mosaic_gpu": "mosaic_gpu", "triton": "triton_gpu", "cudnn": "cudnn", "xla": "xla"}
 IMPLEMENTATIONS = tuple(_MODULES)
+# Best first: the first that can compute a block on a device is its default. cudnn knows only full and diagonal blocks.
+_DEFAULTS = ("mosaic_gpu", "triton", "xla")
+# Mosaic kernels take their state by reference, which `jax.shard_map` does not type yet.
+_WITHOUT_CHECK_VMA = ("mosaic_gpu",)
 
 # NVIDIA's list of compute capabilities, for GPUs that a described mesh may have and this machine has not.
 _COMPUTE_CAPABILITIES = {
@@ -29,6 +33,9 @@ _COMPUTE_CAPABILITIES = {
 }
 _COMPUTE_CAPABILITIES |= {"H100": 90, "H200": 90, "GH200": 90, "B200": 100, "GB200": 100, "B300": 103, "GB300": 103}
 
+# Their backward is one kernel: dK and dV are there no sooner than dQ, which therefore cannot hide their last hop.
+_FUSED_BACKWARD = ("mosaic_gpu",)
+
 _log = logging.getLogger("ring_jax")
 
 
@@ -36,12 +43,14 @@ _log = logging.getLogger("ring_jax")
 class Target:
     """The devices a block will run on, as the mesh tells.
 
-    `platform` is jax's "cpu", "gpu", "tpu"; `compute_capability` is an NVIDIA GPU's, 90 for 9.0, else None.
+    `platform` is jax's "cpu", "gpu", "tpu"; `compute_capability` is an NVIDIA GPU's, 90 for 9.0, else None. Programs
+    for devices that this process has not got can be compiled but not run.
     """
 
     platform: str
     device_kind: str
     compute_capability: int | None = None
+    is_compile_only: bool = False
 
     @classmethod
     def of_device(cls, device: jax.Device) -> "Target":
@@ -50,34 +59,54 @@ class Target:
         if device.platform != "gpu" or not isinstance(text, str):
             return cls(device.platform, device.device_kind)
         major, minor = text.split(".")
-        return cls(device.platform, device.device_kind, 10 * int(major) + int(minor))
+        return cls(device.platform, device.device_kind, 10 * int(major) + int(minor), device not in jax.devices())
 
     @classmethod
     def of_kind(cls, platform: str, device_kind: str) -> "Target":
         """The target of devices that are only described, by the product name that `device_kind` begins with."""
         known = (number for name, number in _COMPUTE_CAPABILITIES.items() if name in device_kind.split())
-        return cls(platform, device_kind, next(known, None) if platform == "gpu" else None)
+        return cls(platform, device_kind, next(known, None) if platform == "gpu" else None, is_compile_only=True)
 
 
-def choose(implementation: str | None, target: Target, dtype: jnp.dtype, head_dim: int) -> str:
-    """The implementation to use on `target`: the one asked for, or the best that takes this dtype and head dim.
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """What a block kernel is needed for: devices, the inputs' dtype and head dim, and whether vma types are checked."""
+
+    target: Target
+    dtype: str
+    head_dim: int
+    check_vma: bool = False
+
+
+def choose(implementation: str | None, need: Need) -> str:
+    """The implementation to use: the one asked for, or the best that can do what is needed.
 
     Raises:
         ValueError: no implementation of that name.
-        NotImplementedError: the one asked for cannot compute this here; the message says why and what can.
+        NotImplementedError: the one asked for cannot do this; the message says why and what can.
     """
     if implementation is None:
-        return _default(target, jnp.dtype(dtype), head_dim)
+        return _default(need)
     if implementation not in _MODULES:
         raise ValueError(f"unknown implementation {implementation!r}: choose one of {', '.join(_MODULES)}, or None")
-    reason = _unsupported_reason(implementation, target, dtype, head_dim)
+    reason = _unsupported_reason(implementation, need)
     if reason:
-        able = [name for name in _MODULES if not _unsupported_reason(name, target, dtype, head_dim)]
+        able = ", ".join(name for name in _DEFAULTS if not _unsupported_reason(name, need))
         raise NotImplementedError(
-            f"implementation {implementation!r} cannot run on {target.device_kind}: {reason}. "
-            f"What can: {', '.join(able)}; None takes {_default(target, jnp.dtype(dtype), head_dim)!r}"
+            f"implementation {implementation!r} cannot run on {need.target.device_kind}: {reason}. What can: {able}; "
+            f"None takes {_default(need)!r}"
         )
     return implementation
+
+
+def works_with_check_vma(implementation: str) -> bool:
+    """Whether the implementation can stand inside `jax.shard_map(check_vma=True)`."""
+    return implementation not in _WITHOUT_CHECK_VMA
+
+
+def has_fused_backward(implementation: str) -> bool:
+    """Whether the ring must leave a part of a device's own block for last, to have something to hide its last hop."""
+    return implementation in _FUSED_BACKWARD
 
 
 def load(implementation: str, target: Target) -> BlockKernel:
@@ -106,19 +135,25 @@ class _TritonFor:
 
 
 @functools.cache
-def _default(target: Target, dtype: jnp.dtype, head_dim: int) -> str:
-    for name in _MODULES:
-        reason = _unsupported_reason(name, target, dtype, head_dim)
+def _default(need: Need) -> str:
+    for name in _DEFAULTS:
+        reason = _unsupported_reason(name, need)
         if reason is None:
-            _log.info("attention on %s is computed by implementation %r", target.device_kind, name)
+            _log.info("attention on %s is computed by implementation %r", need.target.device_kind, name)
             return name
-        if target.platform == "gpu":
-            _log.info("attention on %s: not by implementation %r: %s", target.device_kind, name, reason)
+        if need.target.platform == "gpu":
+            _log.warning("attention on %s: not by implementation %r: %s", need.target.device_kind, name, reason)
     raise AssertionError("xla computes everything")
 
 
-def _unsupported_reason(implementation: str, target: Target, dtype: jnp.dtype, head_dim: int) -> str | None:
-    return _module(implementation).unsupported_reason(target.compute_capability, head_dim, dtype)
+def _unsupported_reason(implementation: str, need: Need) -> str | None:
+    module = _module(implementation)
+    reason = module.unsupported_reason(need.target.compute_capability, need.head_dim, jnp.dtype(need.dtype))
+    if reason is None and need.check_vma and not works_with_check_vma(implementation):
+        return "it cannot stand inside jax.shard_map(check_vma=True): pass check_vma=False there"
+    if reason is None and implementation == "mosaic_gpu" and not need.target.is_compile_only:
+        return miscompiling_reason()
+    return reason
 
 
 def _module(implementation: str) -> ModuleType:

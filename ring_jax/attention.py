@@ -112,7 +112,7 @@ def ring_attention(
     _check_divisible(axes, query, key)
     options = ring.RingOptions(
         axis_name=axes.seq,
-        implementation=kernels.choose(implementation, axes.target, query.dtype, query.shape[3]),
+        implementation=kernels.choose(implementation, kernels.Need(axes.target, query.dtype.name, query.shape[3])),
         target=axes.target,
         scale=_default_scale(scale, query.shape[3]),
         is_causal=bool(is_causal),
@@ -170,9 +170,12 @@ def ring_attention_shard(
             f"got {positions.dtype} {positions.shape}"
         )
     target = _target(jax.sharding.get_abstract_mesh())
+    # Under check_vma=True the rank's type says that it varies over the axis; otherwise types say nothing.
+    check_vma = bool(jax.typeof(lax.axis_index(axis_name)).mat.varying)
+    need = kernels.Need(target, query.dtype.name, query.shape[3], check_vma)
     options = ring.RingOptions(
         axis_name=axis_name,
-        implementation=kernels.choose(implementation, target, query.dtype, query.shape[3]),
+        implementation=kernels.choose(implementation, need),
         target=target,
         scale=_default_scale(scale, query.shape[3]),
         is_causal=bool(is_causal),
@@ -226,6 +229,7 @@ def _attend_sharded(options: ring.RingOptions, axes: _Axes, specs: tuple[Partiti
         in_specs=specs,
         out_specs=(specs[0], PartitionSpec(axes.batch, axes.head, axes.seq)),
         axis_names={*axes.seq, *axes.batch, *axes.head},
+        check_vma=kernels.works_with_check_vma(options.implementation),
     )
     return jax.jit(sharded)
 

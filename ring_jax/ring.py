@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from . import kernels
 from .collectives import AxisName, gather_shards, rotate
@@ -124,8 +124,9 @@ def _attend_backward(options: RingOptions, residuals: tuple, cotangents: tuple[A
     # d lse / d score is the probability itself: the logsumexp's cotangent joins delta (FlashAttention-2, section 2.2).
     delta = jnp.sum(d_out.astype(jnp.float32) * output.astype(jnp.float32), axis=-1).swapaxes(1, 2) - d_lse
 
-    def compute(step: Step, block: Block, dq: Array) -> tuple[Array, BlockGradients]:
+    def compute(step: Step, block: Block, dq: Array, hidden_keys: Array | None = None) -> tuple[Array, BlockGradients]:
         mask = ring.mask(step, block)
+        mask = mask if hidden_keys is None else mask.without(hidden_keys)
         dq, dk, dv = kernel.backward(query, block.key, block.value, d_out, lse, delta, dq, mask, scale=options.scale)
         return dq, BlockGradients(*match_varying((dk, dv), like=query))
 
@@ -140,19 +141,27 @@ def _attend_backward(options: RingOptions, residuals: tuple, cotangents: tuple[A
     def compute_last(block: Block, gradients: BlockGradients, dq: Array) -> tuple[Array, BlockGradients]:
         arriving_gradients = rotate(gradients, options.axis_name)
         dq, share = compute(ring.size - 1, block, dq)
-        # The sums are complete: rounded now, they make the hop home to their owner in half the bytes.
         dk, dv = jax.tree.map(jnp.add, arriving_gradients, share)
-        return dq, rotate(BlockGradients(dk.astype(key.dtype), dv.astype(value.dtype)), options.axis_name)
+        if late_keys is None:
+            # The sums are complete: rounded now, they make the hop home to their owner in half the bytes.
+            return dq, rotate(BlockGradients(dk.astype(key.dtype), dv.astype(value.dtype)), options.axis_name)
+        (dk, dv), dq = lax.optimization_barrier(((dk, dv), dq))
+        home = rotate(BlockGradients(dk, dv), options.axis_name)
+        dq, share = compute(0, own_block, dq, hidden_keys=~late_keys)
+        return dq, BlockGradients(*jax.tree.map(jnp.add, home, share))
 
     # The ring begins when delta is there. Otherwise XLA makes dQ's zeros at the program's start, and keeps what the
     # forward ring's first hop brought because this one's first hop will bring the same.
-    block, delta, zero = lax.optimization_barrier((Block(key, value, segment_ids), delta, jnp.zeros((), jnp.float32)))
+    own_block, delta, zero = lax.optimization_barrier(
+        (Block(key, value, segment_ids), delta, jnp.zeros((), jnp.float32))
+    )
     dq = match_varying(jnp.broadcast_to(zero, query.shape), like=query)
+    late_keys = _inner_half(key.shape[1]) if kernels.has_fused_backward(options.implementation) else None
     if ring.size == 1:
-        dq, (dk, dv) = compute(0, block, dq)
+        dq, (dk, dv) = compute(0, own_block, dq)
     else:
-        arriving = rotate(block, options.axis_name)
-        dq, gradients = compute(0, block, dq)
+        arriving = rotate(own_block, options.axis_name)
+        dq, gradients = compute(0, own_block, dq, hidden_keys=late_keys)
         carry = lax.optimization_barrier((arriving, gradients, dq))
         block, gradients, dq = _repeat(compute_and_pass_on, carry, first=1, last=ring.size - 1)
         dq, (dk, dv) = compute_last(block, gradients, dq)
@@ -160,6 +169,12 @@ def _attend_backward(options: RingOptions, residuals: tuple, cotangents: tuple[A
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _inner_half(shard_len: int) -> Bool[Array, " T"]:
+    """The second and third quarter of a shard's keys: in a causal diagonal block, half of the work."""
+    index, quarter = jnp.arange(shard_len, dtype=jnp.int32), shard_len // 4
+    return (index >= quarter) & (index < shard_len - quarter)
 
 
 def _repeat[C](step_fn: Callable[[Step, C], C], carry: C, *, first: int, last: int) -> C:

@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from benchmarks.cases import DTYPES, HEAD_DIMS, HEADS, SEGMENTS, SHARDS, Case, Inputs, make_inputs
 from ring_jax import LAYOUTS, layout_positions, ring, ring_attention, ring_attention_shard
+from ring_jax.kernels import BlockMask
 from ring_jax.kernels.reference import ReferenceResult, reference_attention, visible_pairs
 from tests.budget import assert_does_not_grow, assert_within_budget, error
 
@@ -299,3 +300,17 @@ def test_ring_too_long_to_write_out_is_the_same(monkeypatch):
     assert str(looped.jaxpr).count("ppermute") < str(written_out.jaxpr).count("ppermute")
     first, second = (program.lower().compile()(*arguments) for program in (written_out, looped))
     _assert_same_bits(first, second)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_ring_that_leaves_half_of_its_own_block_for_last_is_exact(monkeypatch, is_causal):
+    """What rings do whose backward kernel is fused, so that something hides the last hop of dK and dV."""
+    inputs = make_inputs(Case(2, 40 * 3, 4, 2, 8, "float32", is_causal, segments="packed"), seed=1)
+    halves, without = [], BlockMask.without
+    monkeypatch.setattr(ring.kernels, "has_fused_backward", lambda _: True)
+    monkeypatch.setattr(BlockMask, "without", lambda mask, hidden: halves.append(hidden) or without(mask, hidden))
+    jax.clear_caches()
+    traced = _attend.trace(inputs, layout="zigzag", shards=3, is_causal=is_causal, scale=None)
+    jax.clear_caches()
+    assert len(halves) == 2
+    _assert_exact(traced.lower().compile()(inputs), inputs, *_oracle(inputs, is_causal, None))

@@ -11,10 +11,14 @@ from ring_jax.cluster import GPUS, compile_only_devices, gpu_description, read_s
 MEMORY_SLACK = 1.15
 
 
-@pytest.mark.parametrize(("gpu", "segments"), [("h100", False), ("a100-80gb", False), ("a100-80gb", True)])
-def test_every_hop_is_hidden_and_nothing_is_copied(gpu, segments):
+@pytest.mark.parametrize(
+    ("gpu", "implementation", "segments"),
+    [("h100", "mosaic_gpu", False), ("h100", "triton", False), ("a100-80gb", "triton", True)],
+)
+def test_every_hop_is_hidden_and_nothing_is_copied(gpu, implementation, segments):
     hops = 7
-    forward, gradient = compile_ring(RingCase(gpu=gpu, mesh="seq=8", heads="32/8", segments=segments))
+    case = RingCase(gpu=gpu, mesh="seq=8", heads="32/8", segments=segments, implementation=implementation)
+    forward, gradient = compile_ring(case)
     assert forward.schedule.num_permutes == 2 * hops
     assert gradient.schedule.num_permutes == 2 * 2 * hops + 2 * (hops + 1)
     assert forward.schedule.num_kernels == hops + 1
