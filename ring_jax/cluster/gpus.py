@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from jax.experimental import topologies
 
-GPUS = ("a100-80gb", "h100", "h200")
+GPUS = ("a100-80gb", "h100", "h200", "b200")
 
 
 def gpu_description(gpu: str) -> str:

@@ -145,8 +145,9 @@ class TrainStep:
     def _loss(self, params: dict[str, Any], batch: DeviceBatch) -> Float32[Array, ""]:
         model = nnx.merge(self._graph, params)
         hidden = model.hidden(batch.tokens, segment_ids=batch.segment_ids)
-        hidden, unembedding = _reduce_first(self._unembedding_sharding, hidden, model.unembedding)
-        return cross_entropy(hidden, unembedding, batch.targets, weights=batch.targets != NO_TARGET)
+        with jax.named_scope("loss"):
+            hidden, unembedding = _reduce_first(self._unembedding_sharding, hidden, model.unembedding)
+            return cross_entropy(hidden, unembedding, batch.targets, weights=batch.targets != NO_TARGET)
 
     @property
     def _unembedding_sharding(self) -> NamedSharding:
