@@ -11,6 +11,8 @@ import numpy as np
 from jaxtyping import Float32, Int32, Shaped
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+# What an error may exceed twice that of dense attention in one piece by, see `tests/budget.py`.
+ERROR_CONSTANTS = {"float32": 1e-6, "float16": 5e-4, "bfloat16": 4e-3}
 HEAD_DIMS = (8, 64, 80, 128)
 # Query heads and key/value heads: one each, shared by groups, one for all.
 HEADS = {"mha": (4, 4), "gqa": (4, 2), "mqa": (4, 1)}
@@ -118,4 +120,11 @@ KERNEL_BENCHMARKS = (
 REPLAYS = (
     (Case(batch=1, seq_len=8 * 8192, num_heads=32, num_kv_heads=8, head_dim=128), 8),
     (Case(batch=1, seq_len=8 * 32768, num_heads=32, num_kv_heads=8, head_dim=128), 8),
+)
+
+# For drift: the same sequence over more and more shards, and half a million and a million keys for a query.
+PRECISION = tuple(
+    (Case(batch=1, seq_len=seq_len, num_heads=2, num_kv_heads=1, head_dim=128, dtype=dtype), shards)
+    for dtype in DTYPES
+    for seq_len, shards in ((65536, 1), (65536, 4), (65536, 32), (2**19, 32), (2**20, 32))
 )

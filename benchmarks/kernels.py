@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,17 +24,15 @@ import numpy as np
 from jaxtyping import Array
 
 from ring_jax import kernels
+from ring_jax.kernels.reference import reference_attention, visible_pairs
 from ring_jax.kernels.registry import Target
-from ring_jax.layouts import shard_positions
 
-from .cases import KERNEL_BENCHMARKS, REPLAYS, Case
+from .cases import ERROR_CONSTANTS, KERNEL_BENCHMARKS, PRECISION, REPLAYS, Case
 from .peers import PEERS, Passes
 from .replay import Replay, replay_backward, replay_forward
 from .timing import environment, median_seconds
 
 SAMPLED_ROWS = 32
-# Against float64, bfloat16 and float16 results of dense attention in one piece err by about half of this.
-MAX_ERROR = 2e-2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +72,8 @@ class Program:
         case, shards = self.case, self.replay.num_shards
         pairs = float(case.seq_len) * (case.seq_len // shards)
         if case.is_causal:
-            own = shard_positions(self.replay.layout, self.replay.rank, case.seq_len // shards, shards)
-            pairs = float(np.asarray(own, np.float64).sum() + own.size)
+            own = np.asarray(self.replay.positions(self.replay.rank, case.seq_len // shards), np.float64)
+            pairs = float(own.sum() + own.size)
         return 4 * case.batch * pairs * case.num_heads * case.head_dim
 
 
@@ -95,10 +93,19 @@ def programs(implementations: list[str]) -> list[Program]:
     return plain + replays
 
 
+def precision_programs(implementations: list[str]) -> list[Program]:
+    """The last rank of contiguous rings, as `cases.PRECISION` says: what `tests/gpu` looks at for drift."""
+    return [
+        Program(i, case, Replay(shards, shards - 1, "contiguous", case.is_causal))
+        for case, shards in PRECISION
+        for i in implementations
+    ]
+
+
 def export_programs(folder: Path, target: Target, implementations: list[str]) -> None:
     """Compiles programs to files that run on a GPU machine whose Triton jax-triton does not know."""
     folder.mkdir(parents=True, exist_ok=True)
-    for program in programs(implementations):
+    for program in programs(implementations) + precision_programs(implementations):
         s = program.shapes()
         forward_args = (s["query"], s["blocks"], s["blocks"])
         backward_args = (*forward_args, s["query"], s["lse"], s["query"], (s["arriving"], s["arriving"]))
@@ -133,34 +140,52 @@ def ours(program: Program, target: Target, artifacts: Path | None) -> Callable[.
     return build
 
 
-def sampled_error(program: Program, passes: Passes, arrays: tuple[Array, ...]) -> float:
-    """Largest error of output and dQ on rows drawn at random, against float64 on the host."""
+class SampledRows(NamedTuple):
+    """Some rows of a rank's output and dQ, `[1, rows, heads, H]`; dq is None where there is no backward."""
+
+    output: np.ndarray
+    dq: np.ndarray | None
+
+
+def sampled_errors(
+    program: Program, passes: Passes, arrays: tuple[Array, ...], rows: np.ndarray | None = None
+) -> tuple[float, float]:
+    """Largest error of output and dQ on some rows against float64, and that of dense attention in the inputs' dtype.
+
+    The rows are drawn at random if not given; of the heads, the groups of the first and of the last key/value head are
+    looked at.
+    """
+    if rows is None:
+        rows = np.random.default_rng(0).choice(arrays[0].shape[1], SAMPLED_ROWS, replace=False)
+    case = program.case
+    group = case.num_heads // case.num_kv_heads
+    kv_heads = sorted({0, case.num_kv_heads - 1})
+    heads = [kv * group + n for kv in kv_heads for n in range(group)]
+
+    def sampled(result: Any) -> np.ndarray:
+        return np.asarray(_first(result)[:1, rows][:, :, heads])
+
+    got = SampledRows(sampled(passes.forward()), sampled(passes.backward()) if passes.backward else None)
+    exact, baseline = (_dense_rows(program, arrays, rows, heads, kv_heads, p) for p in (None, np.dtype(case.dtype)))
+    return _largest_error(got, exact), _largest_error(baseline, exact)
+
+
+def _dense_rows(
+    program: Program, arrays: tuple[Array, ...], rows: np.ndarray, heads: list[int], kv_heads: list[int], precision
+) -> SampledRows:
     query, keys, values, d_out = arrays
-    case, replay = program.case, program.replay
-    shard_len = query.shape[1]
-    rng = np.random.default_rng(0)
-    rows = rng.choice(shard_len, SAMPLED_ROWS, replace=False)
-    own = np.asarray(shard_positions(replay.layout, replay.rank, shard_len, replay.num_shards))[rows]
-    theirs = np.concatenate(
-        [np.asarray(shard_positions(replay.layout, r, shard_len, replay.num_shards)) for r in range(replay.num_shards)]
-    )
-    output = np.asarray(_first(passes.forward())[:, rows], np.float64)
-    dq = np.asarray(_first(passes.backward())[:, rows], np.float64) if passes.backward else None
-    visible = own[:, None] >= theirs[None, :] if case.is_causal else np.ones((rows.size, theirs.size), bool)
-    group, errors = case.num_heads // case.num_kv_heads, []
-    for head in (0, case.num_heads - 1):
-        q, d_o = (np.asarray(x[0, rows, head], np.float64) for x in (query, d_out))
-        k, v = (np.asarray(x[:, 0, :, head // group], np.float64).reshape(-1, case.head_dim) for x in (keys, values))
-        scores = np.where(visible, q @ k.T * case.head_dim**-0.5, -np.inf)
-        probs = np.exp(scores - scores.max(-1, keepdims=True))
-        probs /= probs.sum(-1, keepdims=True)
-        out = probs @ v
-        errors.append(np.abs(output[0, :, head] - out).max() / np.abs(out).max())
-        if dq is not None:
-            d_scores = probs * (d_o @ v.T - (d_o * out).sum(-1, keepdims=True))
-            expected = d_scores @ k * case.head_dim**-0.5
-            errors.append(np.abs(dq[0, :, head] - expected).max() / np.abs(expected).max())
-    return float(max(errors))
+    positions = [program.replay.positions(rank, query.shape[1]) for rank in range(program.replay.num_shards)]
+    own, theirs = np.asarray(positions[program.replay.rank])[rows], np.concatenate(positions)
+    visible = visible_pairs(own, theirs, is_causal=program.case.is_causal)
+    q, d_o = (np.asarray(x[:1, rows][:, :, heads]) for x in (query, d_out))
+    k, v = (np.concatenate(np.asarray(x[:, :1][..., kv_heads, :]), axis=1) for x in (keys, values))
+    result = reference_attention(q, k, v, visible, d_out=d_o, low_precision=precision)
+    return SampledRows(result.output, result.dq)
+
+
+def _largest_error(rows: SampledRows, exact: SampledRows) -> float:
+    pairs = [(rows.output, exact.output)] + ([] if rows.dq is None else [(rows.dq, exact.dq)])
+    return max(float(np.abs(x.astype(np.float64) - y).max() / np.abs(y).max()) for x, y in pairs)
 
 
 def _first(result: Any) -> Array:
@@ -184,9 +209,10 @@ def measure(program: Program, name: str, build: Callable[..., Passes], arrays: t
     try:
         passes = build(program.case, *arrays)
         # Peers take one block and no leading dim.
-        row["error"] = sampled_error(program, passes, draw(program))
-        if not row["error"] <= MAX_ERROR:
-            raise ValueError(f"wrong result: error {row['error']:.3g} on sampled rows exceeds {MAX_ERROR}")
+        row["error"], row["dense_error"] = sampled_errors(program, passes, draw(program))
+        most = 2 * row["dense_error"] + ERROR_CONSTANTS[program.case.dtype]
+        if not row["error"] <= most:
+            raise ValueError(f"wrong result: error {row['error']:.3g} on sampled rows exceeds {most:.3g}")
         for kind, fn, flops in (
             ("forward", passes.forward, program.rank_flops),
             ("backward", passes.backward, 2.5 * program.rank_flops),

@@ -34,9 +34,13 @@ class Replay:
         """Whose block the rank holds at each step."""
         return [(self.rank - step) % self.num_shards for step in range(self.num_shards)]
 
-    def mask(self, owner: int, shard_len: int, segment_ids: Int32[Array, "num_shards B T"] | None) -> BlockMask:
+    def positions(self, rank: int, shard_len: int) -> Int32[Array, " shard_len"]:
+        """Global positions of a rank's tokens."""
         check_layout(self.layout, shard_len * self.num_shards, self.num_shards)
-        own, theirs = (shard_positions(self.layout, r, shard_len, self.num_shards) for r in (self.rank, owner))
+        return shard_positions(self.layout, rank, shard_len, self.num_shards)
+
+    def mask(self, owner: int, shard_len: int, segment_ids: Int32[Array, "num_shards B T"] | None) -> BlockMask:
+        own, theirs = (self.positions(rank, shard_len) for rank in (self.rank, owner))
         if segment_ids is None:
             return BlockMask(own, theirs, None, None, self.is_causal)
         return BlockMask(own, theirs, segment_ids[self.rank], segment_ids[owner], self.is_causal)

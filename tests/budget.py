@@ -7,7 +7,8 @@ with the probabilities rounded to the input dtype (`reference_attention(low_prec
 import numpy as np
 from jaxtyping import Shaped
 
-CONSTANTS = {"float32": 1e-6, "float16": 5e-4, "bfloat16": 4e-3}
+from benchmarks.cases import ERROR_CONSTANTS
+
 # "Does not grow" means: at the most shards at most this many times the error at one, plus the constant.
 GROWTH = 1.25
 
@@ -31,7 +32,7 @@ def error(x: Shaped[np.ndarray, "..."], exact: Shaped[np.ndarray, "..."]) -> flo
 
 def allowed(baseline_error: float, dtype: str) -> float:
     """The largest error allowed to a result of that dtype, given what dense attention in one piece does."""
-    return 2 * baseline_error + CONSTANTS[dtype]
+    return 2 * baseline_error + ERROR_CONSTANTS[dtype]
 
 
 def assert_within_budget(x: np.ndarray, exact: np.ndarray, baseline: np.ndarray, dtype: str, name: str) -> None:
@@ -42,5 +43,5 @@ def assert_within_budget(x: np.ndarray, exact: np.ndarray, baseline: np.ndarray,
 
 def assert_does_not_grow(many_shards: float, one_shard: float, dtype: str, name: str) -> None:
     """Fails, naming `name`, if the error at the most shards exceeds the one at a single shard by more than agreed."""
-    most = GROWTH * one_shard + CONSTANTS[dtype]
+    most = GROWTH * one_shard + ERROR_CONSTANTS[dtype]
     assert many_shards <= most, f"{name}: error {many_shards:.3g} at the most shards exceeds {most:.3g}"

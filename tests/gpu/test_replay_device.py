@@ -1,0 +1,56 @@
+"""Whole rings replayed on one GPU: exact at every rank, and no drift with shards or with the number of keys.
+
+Where the machine's Triton is too old for jax-triton, RING_JAX_ARTIFACTS names a folder that
+`python -m benchmarks.kernels --export FOLDER` wrote elsewhere.
+"""
+
+import dataclasses
+import functools
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks.cases import PRECISION
+from benchmarks.kernels import Program, draw, ours, precision_programs, sampled_errors
+from ring_jax.kernels.registry import Target
+from tests.budget import allowed, assert_does_not_grow
+
+pytestmark = pytest.mark.gpu
+
+ROWS = 64
+# Mosaic kernels take no float32; the others do.
+IMPLEMENTATIONS = {"bfloat16": ("mosaic_gpu", "triton"), "float16": ("mosaic_gpu", "triton"), "float32": ("triton",)}
+PROGRAMS = [
+    program
+    for case, shards in PRECISION
+    for program in precision_programs(list(IMPLEMENTATIONS[case.dtype]))
+    if (program.case, program.replay.num_shards) == (case, shards)
+]
+
+
+@functools.cache
+def errors(program: Program) -> tuple[float, float]:
+    """Error on the last rows of the sequence, and that of dense attention in one piece."""
+    folder = os.environ.get("RING_JAX_ARTIFACTS")
+    arrays = draw(program)
+    build = ours(program, Target.of_device(jax.devices()[0]), Path(folder) if folder else None)
+    rows = np.arange(arrays[0].shape[1] - ROWS, arrays[0].shape[1])
+    return sampled_errors(program, build(program.case, *arrays), arrays, rows)
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
+def test_replayed_ring_is_exact(program):
+    got, dense = errors(program)
+    assert got <= allowed(dense, program.case.dtype)
+
+
+@pytest.mark.parametrize("program", [p for p in PROGRAMS if p.replay.num_shards > 1], ids=lambda program: program.name)
+def test_error_does_not_grow_with_shards_or_keys(program):
+    case = dataclasses.replace(program.case, seq_len=65536)
+    (one,) = (
+        p for p in PROGRAMS if (p.case, p.implementation, p.replay.num_shards) == (case, program.implementation, 1)
+    )
+    assert_does_not_grow(errors(program)[0], errors(one)[0], case.dtype, program.name)
