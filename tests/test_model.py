@@ -92,12 +92,12 @@ def _dense(variant, packed, dtype_name, zero_attention=False):
         return jax.tree.map(np.asarray, run(jax.tree.map(lambda w: jnp.asarray(w, dtype), weights)))
 
 
-def _sharded(variant, packed, remat, layout):
+def _sharded(variant, remat, layout):
     """Logits, in natural order, and gradients of the model on the mesh of `jax.set_mesh`."""
     config = dataclasses.replace(VARIANTS[variant], remat=remat, attention=AttentionOptions(layout=layout))
-    arrays = (x if x is None else ring_jax.to_layout(jnp.asarray(x), layout, SHARDS) for x in _inputs(config, packed))
+    arrays = (ring_jax.to_layout(jnp.asarray(x), layout, SHARDS) for x in _inputs(config, packed=True))
     spec = NamedSharding(jax.sharding.get_mesh(), PartitionSpec("data", "seq"))
-    tokens, segment_ids, cotangent = (x if x is None else jax.device_put(x, spec) for x in arrays)
+    tokens, segment_ids, cotangent = (jax.device_put(x, spec) for x in arrays)
     graph = nnx.split(_abstract(config))[0]
 
     @jax.jit
@@ -109,8 +109,8 @@ def _sharded(variant, packed, remat, layout):
     return np.asarray(logits), jax.tree.map(np.asarray, nnx.to_pure_dict(gradients))
 
 
-def _assert_equal(got, variant, packed):
-    exact, baseline = _dense(variant, packed, "float64"), _dense(variant, packed, "float32")
+def _assert_equal(got, variant):
+    exact, baseline = _dense(variant, True, "float64"), _dense(variant, True, "float32")
     named = jax.tree.leaves_with_path(exact)
     assert jax.tree.structure(exact) == jax.tree.structure(got)
     for (path, want), have, base in zip(named, jax.tree.leaves(got), jax.tree.leaves(baseline), strict=True):
@@ -118,17 +118,16 @@ def _assert_equal(got, variant, packed):
 
 
 @pytest.mark.parametrize(
-    ("layout", "variant", "packed", "remat", "kind"),
+    ("layout", "variant", "remat", "kind"),
     [
-        ("contiguous", "llama", True, "none", AxisType.Auto),
-        ("zigzag", "llama", False, "none", AxisType.Auto),
-        ("zigzag", "tied", True, "attention", AxisType.Auto),
-        ("striped", "llama", True, "layer", AxisType.Explicit),
+        ("contiguous", "llama", "none", AxisType.Auto),
+        ("zigzag", "tied", "attention", AxisType.Auto),
+        ("striped", "llama", "layer", AxisType.Explicit),
     ],
 )
-def test_logits_and_all_gradients_equal_the_dense_model(layout, variant, packed, remat, kind):
+def test_logits_and_all_gradients_equal_the_dense_model(layout, variant, remat, kind):
     with jax.set_mesh(_mesh(kind)):
-        _assert_equal(_sharded(variant, packed, remat, layout), variant, packed)
+        _assert_equal(_sharded(variant, remat, layout), variant)
 
 
 @pytest.fixture(scope="module")
