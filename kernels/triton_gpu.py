@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Float32
 
 from .contract import AttentionState, BlockMask, Gradients
 from .tiles import TileRanges, key_ranges, query_ranges
-from .triton_tiles import MAX_PADDED_HEAD_DIM, Tile, choose_tiles, padded_head_dim
+from .triton_tiles import MAX_PADDED_HEAD_DIM, Tile, Tiles, choose_tiles, padded_head_dim
 
 OLDEST_COMPUTE_CAPABILITY = 80
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -87,12 +87,12 @@ def forward(
     """
     from . import triton_kernels
 
-    tile = _tiles(query, scale).forward
-    ranges = key_ranges(mask, tile.q, tile.k)
+    block = _Block.of(query, key, value, mask, scale)
+    tile = block.tiles.forward
 
     def run(refs: tuple[jax.Ref, jax.Ref]) -> None:
-        launch = _Launch.of(query, key, mask, ranges, scale, tile, num_tiles=_cdiv(query.shape[1], tile.q))
-        launch(triton_kernels.forward_kernel, (query, key, value), refs, num_heads=query.shape[2])
+        ranges = key_ranges(mask, tile.q, tile.k)
+        block.launch(triton_kernels.forward_kernel, tile, ranges, query.shape[2], refs=refs)
 
     return AttentionState(*pl.run_state(run)(tuple(state)))
 
@@ -116,56 +116,81 @@ def backward(
     """
     from . import triton_kernels
 
-    tiles = _tiles(query, scale)
-    inputs = (query, key, value, d_out, lse, delta)
+    block = _Block.of(query, key, value, mask, scale)
+    rows = (d_out, lse, delta)
     # dK and dV come first: the ring sends them on while dQ is still being computed.
-    dkv = _Launch.of(
-        query, key, mask, query_ranges(mask, tiles.dkv.q, tiles.dkv.k), scale, tiles.dkv,
-        num_tiles=_cdiv(key.shape[1], tiles.dkv.k),
-    )  # fmt: skip
-    out_type = jax.ShapeDtypeStruct(key.shape, jnp.float32)
-    dk, dv = dkv(triton_kernels.dkv_kernel, inputs, (), num_heads=key.shape[2], out_type=(out_type, out_type))
+    tile = block.tiles.dkv
+    new = jax.ShapeDtypeStruct(key.shape, jnp.float32)
+    ranges = query_ranges(mask, tile.q, tile.k)
+    dk, dv = block.launch(triton_kernels.dkv_kernel, tile, ranges, key.shape[2], rows, out_type=(new, new))
 
     def run(refs: tuple[jax.Ref]) -> None:
-        launch = _Launch.of(
-            query, key, mask, key_ranges(mask, tiles.dq.q, tiles.dq.k), scale, tiles.dq,
-            num_tiles=_cdiv(query.shape[1], tiles.dq.q),
-        )  # fmt: skip
-        launch(triton_kernels.dq_kernel, inputs, refs, num_heads=query.shape[2])
+        tile = block.tiles.dq
+        ranges = key_ranges(mask, tile.q, tile.k)
+        block.launch(triton_kernels.dq_kernel, tile, ranges, query.shape[2], rows, refs=refs)
 
     (dq,) = pl.run_state(run)((dq,))
     return Gradients(dq, dk, dv)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Launch:
-    """What every kernel of a block is launched with, besides its arrays."""
+class _Block:
+    """What all kernels of a block are launched on, and for which GPU."""
 
-    mask_arrays: tuple[Array | None, ...]
-    scalars: dict[str, int | float]
-    constants: dict[str, int | bool | str]
-    num_tiles: int
-    batch: int
-    tile: Tile
-    use_tma: bool
+    query: Float[Array, "B T N H"]
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S K H"]
+    mask: BlockMask
+    scale: float
+    compute_capability: int
 
     @classmethod
-    def of(
-        cls, query: Array, key: Array, mask: BlockMask, ranges: TileRanges, scale: float, tile: Tile, num_tiles: int
-    ) -> "_Launch":
-        batch, num_queries, num_heads, head_dim = query.shape
-        use_tma = _use_tma(_target_capability(), head_dim, query.dtype.itemsize)
-        tokens = (mask.q_positions, mask.k_positions, mask.q_segment_ids, mask.k_segment_ids)
-        scalars = dict(
+    def of(cls, query: Array, key: Array, value: Array, mask: BlockMask, scale: float) -> "_Block":
+        capability = _target.get()
+        if capability is None:
+            capability = compute_capability(jax.devices()[0])
+        reason = unsupported_reason(capability, query.shape[3], query.dtype)
+        if reason is None and not (scale >= 0 and math.isfinite(scale)):
+            reason = f"it needs a finite scale of at least 0, got {scale}"
+        if reason is not None:
+            raise NotImplementedError(f"implementation 'triton' cannot run this: {reason}; 'xla' runs everywhere")
+        assert capability is not None
+        return cls(query, key, value, mask, scale, capability)
+
+    @property
+    def tiles(self) -> Tiles:
+        return choose_tiles(self.compute_capability, self.query.dtype.itemsize, self.query.shape[3])
+
+    def launch(
+        self,
+        kernel: Any,
+        tile: Tile,
+        ranges: TileRanges,
+        num_heads: int,
+        rows: tuple[Array, ...] = (),
+        *,
+        refs: tuple[jax.Ref, ...] = (),
+        out_type: Any = (),
+    ) -> Any:
+        """Runs one program per tile of `ranges`, head and batch entry.
+
+        `rows` are the query-side inputs of a backward kernel: d_out, lse, delta. The kernel updates `refs` in place and
+        returns new arrays of `out_type`.
+        """
+        import jax_triton
+
+        mask, (batch, num_queries, _, head_dim) = self.mask, self.query.shape
+        sources = [(self.query, tile.q), (self.key, tile.k), (self.value, tile.k), *((x, tile.q) for x in rows[:1])]
+        use_tma = _use_tma(self.compute_capability, head_dim, self.query.dtype.itemsize)
+        num_tiles = ranges.start.shape[1]
+        arguments: dict[str, Any] = dict(
             num_queries=num_queries,
-            num_keys=key.shape[1],
+            num_keys=self.key.shape[1],
             # One row of tile ranges serves the whole batch where no segment ids tell its entries apart.
             range_stride=num_tiles if ranges.start.shape[0] > 1 else 0,
-            scale=float(scale),
-        )
-        constants = dict(
-            NUM_HEADS=num_heads,
-            NUM_KV_HEADS=key.shape[2],
+            scale=float(self.scale),
+            NUM_HEADS=self.query.shape[2],
+            NUM_KV_HEADS=self.key.shape[2],
             HEAD_DIM=head_dim,
             PADDED_DIM=padded_head_dim(head_dim),
             Q_TILE=tile.q,
@@ -175,47 +200,22 @@ class _Launch:
             PRECISION="ieee",
             USE_TMA=use_tma,
         )
-        return cls((*tokens, *ranges), scalars, constants, num_tiles, batch, tile, use_tma)
-
-    def __call__(
-        self, kernel: Any, inputs: tuple[Array, ...], refs: tuple[jax.Ref, ...], *, num_heads: int, out_type: Any = ()
-    ) -> Any:
-        import jax_triton
-
-        query, key, value, *rest = inputs
-        tiled = [(query, self.tile.q), (key, self.tile.k), (value, self.tile.k)]
-        if rest:
-            d_out, *rest = rest
-            tiled.append((d_out, self.tile.q))
-        if self.use_tma:
-            sources = [_descriptor(array, rows) for array, rows in tiled]
-        else:
-            sources = [array for array, _ in tiled]
+        tokens: list[Any] = [mask.q_positions, mask.k_positions, mask.q_segment_ids, mask.k_segment_ids]
         return jax_triton.triton_call(
-            *sources,
-            *rest,
-            *self.mask_arrays,
+            *(_descriptor(array, count) if use_tma else array for array, count in sources),
+            *rows[1:],
+            *tokens,
+            *ranges,
             *refs,
             kernel=kernel,
             out_type=out_type,
-            grid=(self.num_tiles, num_heads, self.batch),
-            num_warps=self.tile.num_warps,
-            num_stages=self.tile.num_stages,
-            compute_capability=_target_capability(),
+            grid=(num_tiles, num_heads, batch),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            compute_capability=self.compute_capability,
             backend_options=dict(ptx_version=_PTX_VERSION, enable_fp_fusion=True),
-            **self.scalars,
-            **self.constants,
+            **arguments,
         )
-
-
-def _tiles(query: Array, scale: float) -> Any:
-    capability = _target_capability()
-    reason = unsupported_reason(capability, query.shape[3], query.dtype)
-    if reason is None and not (scale >= 0 and math.isfinite(scale)):
-        reason = f"it needs a finite scale of at least 0, got {scale}"
-    if reason is not None:
-        raise NotImplementedError(f"implementation 'triton' cannot run this: {reason}; 'xla' runs everywhere")
-    return choose_tiles(capability, query.dtype.itemsize, query.shape[3])
 
 
 def _use_tma(capability: int, head_dim: int, itemsize: int) -> bool:
@@ -237,12 +237,3 @@ def _descriptor(array: Array, rows: int) -> Any:
         strides=(tokens * heads * head_dim, head_dim, heads * head_dim, 1),
         block_shape=(1, 1, rows, padded_head_dim(head_dim)),
     )
-
-
-def _target_capability() -> int:
-    capability = _target.get()
-    return compute_capability(jax.devices()[0]) if capability is None else capability
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)

@@ -2,12 +2,15 @@
 
 Written for Ampere and newer NVIDIA GPUs; importing this module needs the `triton` package. One program computes one
 tile of queries (or of keys) of one head, and every pointer names an array in the layout of the block kernel contract:
-query, d_out, output, dq `[B, T, N, H]`; key, value, dk, dv `[B, S, K, H]`; lse, delta `[B, N, T]`. No program reads what
-another one writes, so results do not depend on scheduling: two runs give identical bits.
+query, d_out, output, dq `[B, T, N, H]`; key, value, dk, dv `[B, S, K, H]`; lse, delta `[B, N, T]`. No program reads
+what another one writes, so results do not depend on scheduling: two runs give identical bits.
 
 The online softmax and its backward pass are those of FlashAttention-2 (arXiv:2307.08691, algorithms 1 and 2), with
 exponentials in base 2: `exp(scale * x - lse) = exp2(scale * log2(e) * x - lse * log2(e))`.
 """
+
+# Triton's compile-time values are ordinary Python ones where a kernel calls another.
+# pyright: reportArgumentType=false, reportAssignmentType=false
 
 import triton
 import triton.language as tl
@@ -138,19 +141,11 @@ def forward_kernel(query, key, value, q_positions, k_positions, q_segment_ids, k
         total = tl.where(peak == float("-inf"), 0.0, 1.0)
         exponent_scale = scale * LOG2_E
 
-        # Each tile's product with the values runs one iteration late, on the tensor cores while the next tile's softmax
-        # runs on the other units.
-        if full_start < full_end:
-            k = _load_tile(key, batch, kv_head, full_start * K_TILE, num_keys, K_SHAPE, True, USE_TMA)
+        for step in range(full_start, full_end):
+            k = _load_tile(key, batch, kv_head, step * K_TILE, num_keys, K_SHAPE, True, USE_TMA)
+            v = _load_tile(value, batch, kv_head, step * K_TILE, num_keys, K_SHAPE, True, USE_TMA)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             weights, total, peak, correction = _softmax(scores, total, peak, exponent_scale, True, False)
-            for step in range(full_start + 1, full_end):
-                k = _load_tile(key, batch, kv_head, step * K_TILE, num_keys, K_SHAPE, True, USE_TMA)
-                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-                v = _load_tile(value, batch, kv_head, (step - 1) * K_TILE, num_keys, K_SHAPE, True, USE_TMA)
-                acc = tl.dot(weights.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
-                weights, total, peak, correction = _softmax(scores, total, peak, exponent_scale, True, False)
-            v = _load_tile(value, batch, kv_head, (full_end - 1) * K_TILE, num_keys, K_SHAPE, True, USE_TMA)
             acc = tl.dot(weights.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
 
         q_index, q_position, q_segment = _load_ids(

@@ -21,15 +21,15 @@ def start() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_interpret_triton)
 
 
-def run(case: triton_cases.Case, capability: int) -> dict[str, np.ndarray]:
-    """All results of a case with the kernels built for `capability`; to be submitted to the pool."""
+def run(case: triton_cases.Case, capability: int, data: dict[str, Any]) -> dict[str, np.ndarray]:
+    """All results of a case on its arrays, with the kernels built for `capability`; to be submitted to the pool."""
     import jax
 
     from ring_jax.kernels import triton_gpu
 
     block = functools.partial(triton_cases.blocks(case), triton_gpu.forward, triton_gpu.backward)
     with triton_gpu.target(capability):
-        return jax.tree.map(np.asarray, jax.jit(block)(triton_cases.arrays(case)))
+        return jax.tree.map(np.asarray, jax.jit(block)(data))
 
 
 def _interpret_triton() -> None:
@@ -72,7 +72,7 @@ def _argument(value: Any) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     if isinstance(value, jax_triton.TensorDescriptor):
-        return TensorDescriptor(_argument(value.base), value.shape, value.strides, value.block_shape)
+        return TensorDescriptor(_argument(value.base), list(value.shape), list(value.strides), list(value.block_shape))
     return None if value is None else Tensor(np.array(value))
 
 
@@ -100,7 +100,8 @@ class Tensor:
         return Tensor(np.empty(size, self.array.dtype))
 
     def set_(self, storage: "Tensor", offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> None:
-        assert offset == 0 and math.prod(size) == storage.array.size
+        assert offset == 0
+        assert math.prod(size) == storage.array.size
         self.array = storage.array
 
     def storage_offset(self) -> int:
