@@ -6,6 +6,7 @@ them beside a program that was exported elsewhere.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -106,10 +107,11 @@ def failures(case: Case, found: dict[str, np.ndarray]) -> list[str]:
     visible = visible_pairs(
         data["q_positions"], data["k_positions"], data["q_segment_ids"], data["k_segment_ids"], is_causal=case.is_causal
     )
-    inputs = [data[name] for name in ("query", "key", "value")]
-    cotangents = {"d_out": data["d_out"], "d_lse": data["d_lse"], "scale": case.scale}
-    exact = reference_attention(*inputs, visible, **cotangents)
-    dense = reference_attention(*inputs, visible, **cotangents, low_precision=jnp.dtype(case.dtype))
+    attend = functools.partial(
+        reference_attention, data["query"], data["key"], data["value"], visible,
+        d_out=data["d_out"], d_lse=data["d_lse"], scale=case.scale,
+    )  # fmt: skip
+    exact, dense = attend(), attend(low_precision=jnp.dtype(case.dtype))
     result = []
     for name in ("output", "lse", "dq", "dk", "dv"):
         want = getattr(exact, name)
