@@ -238,7 +238,7 @@ def _files(folder: Path) -> dict[Path, bytes]:
         (["--mesh", "seq=2,seq=2"], "names axis 'seq' twice"),
         (["--mesh", "4"], "'4' is not axis=size; write it like data=2,seq=4"),
         (["--mesh", "seq=0"], "'seq=0' is not axis=size"),
-        (["--mesh", "data=2,seq=4"], "batch 1 does not divide over the 2 devices of mesh axis 'data'"),
+        (["--mesh", "data=2,seq=4", "--batch", "3"], "batch 3 does not divide over the 2 devices of mesh axis 'data'"),
         (["--seq-len", "1000", "--mesh", "seq=3"], "--seq-len 1000 does not suit --mesh and --layout: .* 1002"),
         (["--seq-len", "0"], "--seq-len 0 must be at least 1"),
         (["--steps", "0"], "--steps 0 must be at least 1"),
@@ -303,7 +303,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(folder, tmp_
     out = tmp_path / "run"
     options = ("--data", str(folder), "--out", str(out), "--learning-rate", "1e30", "--warmup", "0")
     _assert_refused(
-        capsys, *COMMAND, *options, message=r"the loss of step \d+ is nan: start again with a lower --learning"
+        capsys,
+        *COMMAND,
+        *options,
+        message=r"the loss of step \d+ is nan: start again with a --learning-rate lower than \d",
     )
     assert all(np.isfinite(entry["loss"]) for entry in _metrics(out))
     assert checkpoint_steps(out / "checkpoints") == []

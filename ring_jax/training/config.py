@@ -88,9 +88,9 @@ class TrainConfig:
     """Model preset."""
     seq_len: _Tokens = 16384
     """Context length in tokens (bytes); 16K is 16384 and 1M is 1048576. Must divide over the shards."""
-    batch: int = 1
+    batch: int = 2
     """Sequences per step, over all devices."""
-    steps: int = 100
+    steps: int = 80
     """Optimizer steps."""
     seed: int = 0
     """Of the initial weights and the order of the data."""
@@ -143,7 +143,7 @@ class TrainConfig:
 
     def save(self, path: Path) -> None:
         """Writes the options as JSON, all but where and whether to resume."""
-        fields = dataclasses.asdict(self) | {"data": [str(path) for path in self.data]}
+        fields = dataclasses.asdict(self) | {"data": [str(path.absolute()) for path in self.data]}
         write_atomically(
             path, json.dumps({k: v for k, v in fields.items() if k not in ("out", "resume")}, indent=2) + "\n"
         )

@@ -67,7 +67,6 @@ def _resolve(config: TrainConfig, mesh: Mesh) -> TrainConfig:
         config,
         mesh=format_mesh(mesh.shape),
         dtype=config.dtype or ("float32" if on_cpu else "bfloat16"),
-        data=tuple(path.absolute() for path in config.data),
     )
 
 
@@ -179,8 +178,8 @@ class _Run:
             done = checkpoint_steps(self.folder.checkpoints)
             cure = f"resume from step {done[-1]}" if done else "start again"
             raise ValueError(
-                f"the loss of step {step} is {loss}: {cure} with a lower --learning-rate than "
-                f"{self.config.optimizer.learning_rate}. Nothing of this step was saved in {str(self.folder.path)!r}"
+                f"the loss of step {step} is {loss}: {cure} with a --learning-rate lower than "
+                f"{float(metrics.learning_rate):.2g}. Nothing of this step was saved in {str(self.folder.path)!r}"
             )
         tokens = int(np.count_nonzero(batch.segment_ids))
         return {

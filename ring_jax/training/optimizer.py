@@ -1,33 +1,37 @@
 """The optimizer: AdamW, linear warmup, cosine decay, and a limit on the gradient's norm."""
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import optax
+import tyro
+
+_LEARNING_RATE = tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(default: 1 / the model's width)")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW (arXiv:1711.05101) with linear warmup, then cosine decay."""
 
-    learning_rate: float = 3e-3
-    """Peak learning rate."""
-    warmup: int = 10
+    learning_rate: Annotated[float | None, _LEARNING_RATE] = None
+    """Peak learning rate. The default is 4e-3 for tiny and 2.4e-4 for llama3-8b."""
+    warmup: int = 5
     """Steps until the learning rate has risen to its peak; at most half of all steps."""
     min_learning_rate: float = 0.1
     """Learning rate of the last step, as a fraction of the peak."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices; norms have none."""
-    beta1: float = 0.9
-    """Decay of the running mean of gradients."""
-    beta2: float = 0.95
-    """Decay of the running mean of squared gradients."""
+    beta1: float = 0.8
+    """Decay of the running mean of gradients. Runs of many thousand steps usually take 0.9."""
+    beta2: float = 0.9
+    """Decay of the running mean of squared gradients. Runs of many thousand steps usually take 0.95."""
     clip: float = 1.0
     """Largest norm of the whole gradient; a larger one is scaled down to it."""
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            if not 0 <= value < float("inf"):
+            if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{_flag(name)} {value} must be a finite number of at least 0")
         for name in ("beta1", "beta2", "min_learning_rate"):
             if getattr(self, name) > 1 or (name != "min_learning_rate" and getattr(self, name) == 1):
@@ -41,10 +45,10 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The learning rate of step 0 to `steps - 1`: never 0, so that no step is wasted."""
+def learning_rate_schedule(config: OptimizerConfig, steps: int, model_dim: int) -> optax.Schedule:
+    """The learning rate of step 0 to `steps - 1` for a model of this width: above 0 in warmup, so no step is wasted."""
     warmup = min(config.warmup, steps // 2)
-    peak = config.learning_rate
+    peak = 1 / model_dim if config.learning_rate is None else config.learning_rate
     return optax.schedules.join_schedules(
         [
             optax.schedules.linear_schedule(peak / (warmup + 1), peak, warmup),

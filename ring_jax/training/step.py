@@ -96,7 +96,7 @@ class TrainStep:
 
     def __init__(self, config: StepConfig):
         self.config = config
-        self._schedule = learning_rate_schedule(config.optimizer, config.steps)
+        self._schedule = learning_rate_schedule(config.optimizer, config.steps, config.model.model_dim)
         self._optimizer = make_optimizer(config.optimizer, self._schedule)
         with jax.set_mesh(config.mesh):
             self._graph, _ = nnx.split(nnx.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0))))
