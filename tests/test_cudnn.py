@@ -83,8 +83,8 @@ def test_a_shards_causal_attention_to_itself(dense_cudnn):
     positions = np.arange(100, 132, dtype=np.int32)
     there = jnp.asarray(positions)
     state = AttentionState(jnp.zeros(q.shape, jnp.float32), jnp.full((1, 4, 32), -jnp.inf))
-    inputs = [jnp.asarray(x) for x in (q, k, v)]
-    found = cudnn.forward(*inputs, state, BlockMask(there, there, None, None, True), scale=0.25)
+    mask = BlockMask(there, there, None, None, True)
+    found = cudnn.forward(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), state, mask, scale=0.25)
     visible = visible_pairs(positions, positions, is_causal=True)
     want = reference_attention(q, k, v, visible, scale=0.25)
     dense = reference_attention(q, k, v, visible, scale=0.25, low_precision=jnp.dtype("bfloat16"))

@@ -1,7 +1,7 @@
 """Cases of block attention with carried state, and their float64 answers: the same for the interpreter and for a GPU.
 
-A case attends to two blocks of keys in turn, so the second one continues the state of the first; its backward pass
-takes both blocks from the final logsumexp and accumulates dQ. Arrays come from a seed, so a GPU machine can rebuild
+A case attends to blocks of keys in turn, so each but the first continues the state of the one before; its backward
+pass takes all blocks from the final logsumexp and accumulates dQ. Arrays come from a seed, so a GPU machine can rebuild
 them beside a program that was exported elsewhere.
 """
 
@@ -22,12 +22,13 @@ from tests.budget import allowed, error
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Shapes in the letters of the contract; `keys` is the length S of each of the two blocks."""
+    """Shapes in the letters of the contract; `keys` is the length S of each block."""
 
     dtype: str = "bfloat16"
     batch: int = 1
     queries: int = 64
     keys: int = 64
+    num_blocks: int = 2
     heads: int = 2
     kv_heads: int = 2
     head_dim: int = 64
@@ -39,7 +40,12 @@ class Case:
     def __str__(self) -> str:
         mask = ("causal" if self.is_causal else "full") + "-docs" * self.has_segments + "-shuffled" * self.shuffled
         sizes = f"B{self.batch}T{self.queries}S{self.keys}N{self.heads}K{self.kv_heads}H{self.head_dim}"
+        sizes += f"x{self.num_blocks}" * (self.num_blocks != 2)
         return f"{self.dtype}-{sizes}-{mask}"
+
+    @property
+    def total_keys(self) -> int:
+        return self.num_blocks * self.keys
 
     @property
     def scale(self) -> float:
@@ -47,19 +53,19 @@ class Case:
 
 
 def arrays(case: Case) -> dict[str, Any]:
-    """Query, d_out, d_lse, the keys and values of both blocks together, positions and segment ids."""
+    """Query, d_out, d_lse, the keys and values of all blocks together, positions and segment ids."""
     rng = np.random.default_rng(sum(map(ord, str(case))))
     q_shape = (case.batch, case.queries, case.heads, case.head_dim)
-    k_shape = (case.batch, 2 * case.keys, case.kv_heads, case.head_dim)
+    k_shape = (case.batch, case.total_keys, case.kv_heads, case.head_dim)
     dtype = jnp.dtype(case.dtype)
     result: dict[str, Any] = {
         name: rng.standard_normal(shape, np.float32).astype(dtype)
         for name, shape in (("query", q_shape), ("key", k_shape), ("value", k_shape), ("d_out", q_shape))
     }
     result["d_lse"] = rng.standard_normal((case.batch, case.heads, case.queries), np.float32)
-    k_positions = np.arange(2 * case.keys, dtype=np.int32)
+    k_positions = np.arange(case.total_keys, dtype=np.int32)
     # The queries are spread over the keys, from before the first one (a row without keys) to the last one.
-    q_positions = np.linspace(-3, 2 * case.keys - 1, case.queries).astype(np.int32)
+    q_positions = np.linspace(-3, case.total_keys - 1, case.queries).astype(np.int32)
     if case.shuffled:
         k_positions = np.concatenate([k_positions[::2], k_positions[1::2]])
         q_positions = np.concatenate([q_positions[::2], q_positions[1::2]])
@@ -69,7 +75,7 @@ def arrays(case: Case) -> dict[str, Any]:
         first = np.arange(1, case.batch + 1, dtype=np.int32)[:, None]
         for side, positions in (("q", q_positions), ("k", k_positions)):
             ids = first + positions[None].clip(0) // 40
-            result[f"{side}_segment_ids"] = np.where(positions[None] >= 2 * case.keys - 10, 0, ids).astype(np.int32)
+            result[f"{side}_segment_ids"] = np.where(positions[None] >= case.total_keys - 10, 0, ids).astype(np.int32)
     return result
 
 
@@ -81,18 +87,18 @@ def blocks(case: Case) -> Callable[..., dict[str, Any]]:
             jnp.zeros(data["query"].shape, jnp.float32),
             jnp.full((case.batch, case.heads, case.queries), -jnp.inf, jnp.float32),
         )
-        halves = [slice(0, case.keys), slice(case.keys, None)]
-        for half in halves:
-            k, v = data["key"][:, half], data["value"][:, half]
-            state = forward(data["query"], k, v, state, _mask(case, data, half), scale=case.scale)
+        spans = [slice(i * case.keys, (i + 1) * case.keys) for i in range(case.num_blocks)]
+        for span in spans:
+            k, v = data["key"][:, span], data["value"][:, span]
+            state = forward(data["query"], k, v, state, _mask(case, data, span), scale=case.scale)
         d_out = data["d_out"].astype(jnp.float32)
         delta = jnp.einsum("btnh,btnh->bnt", d_out, state.output, precision="highest") - data["d_lse"]
         dq = jnp.zeros(data["query"].shape, jnp.float32)
         grads = []
-        for half in halves:
-            k, v = data["key"][:, half], data["value"][:, half]
+        for span in spans:
+            k, v = data["key"][:, span], data["value"][:, span]
             dq, dk, dv = backward(
-                data["query"], k, v, data["d_out"], state.lse, delta, dq, _mask(case, data, half), scale=case.scale
+                data["query"], k, v, data["d_out"], state.lse, delta, dq, _mask(case, data, span), scale=case.scale
             )
             grads.append((dk, dv))
         dk, dv = (jnp.concatenate(parts, axis=1) for parts in zip(*grads, strict=True))
@@ -121,13 +127,13 @@ def failures(case: Case, found: dict[str, np.ndarray]) -> list[str]:
     return result
 
 
-def _mask(case: Case, data: dict[str, Any], half: slice) -> BlockMask:
+def _mask(case: Case, data: dict[str, Any], span: slice) -> BlockMask:
     k_segment_ids = data["k_segment_ids"]
     return BlockMask(
         data["q_positions"],
-        data["k_positions"][half],
+        data["k_positions"][span],
         data["q_segment_ids"],
-        None if k_segment_ids is None else k_segment_ids[:, half],
+        None if k_segment_ids is None else k_segment_ids[:, span],
         case.is_causal,
     )
 
