@@ -180,7 +180,7 @@ def _tile_sides(query_shape: tuple[int, ...], key_shape: tuple[int, ...]) -> tup
     It is also far smaller than the queries, or as small as is fast: the memory of a step is that of its tokens.
     """
     batch, num_queries, num_heads, head_dim = query_shape
-    of_queries = batch * num_queries * num_heads * head_dim // 16
+    of_queries = batch * num_queries * num_heads * head_dim // 64
     enough = batch * num_heads * _FAST_TILE_SIDE**2
     most = min(_MAX_TILE_SCORES, num_queries * key_shape[1] // 2, max(of_queries, enough))
     side = _MAX_TILE_SIDE
