@@ -25,6 +25,8 @@ MAX_HEAD_DIM = 256
 _MAX_FUSED_HEAD_DIM = 128
 _ROW_MULTIPLE = 8
 
+type _Inputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
+
 
 def unsupported_reason(compute_capability: int | None, head_dim: int, dtype: jax.typing.DTypeLike) -> str | None:
     """Why these kernels cannot serve such a device (90: Hopper), head dim and dtype, and the cure; None if they can."""
@@ -121,7 +123,7 @@ def _refuse(query: Float[Array, "B T N H"], scale: float) -> None:
         raise NotImplementedError(f"implementation 'mosaic_gpu' cannot run this: {reason}")
 
 
-def _pad_all(query, key, value, d_out, lse, delta, dq, *, columns: int) -> tuple[tuple, jax.Array]:
+def _pad_all(query, key, value, d_out, lse, delta, dq, *, columns: int) -> tuple[_Inputs, jax.Array]:
     """The inputs of a backward kernel but for the mask, rows and columns padded, and the padded dQ."""
     rows = -query.shape[1] % _ROW_MULTIPLE
     if rows:

@@ -23,6 +23,7 @@ from .mosaic_gpu_masks import MaskInputs, Walk
 from .mosaic_gpu_primitives import (
     COLUMNS,
     WARPGROUP_ROWS,
+    Ref,
     accumulate_two_beside,
     across_rows,
     add_to_gmem,
@@ -73,37 +74,38 @@ class BackwardInputs(NamedTuple):
 class _Scratch(NamedTuple):
     """Shared memory and barriers of one program. `*_ready` count a copy's arrival, `*_free` the readers' leaving."""
 
-    key: jax.Array
-    value: jax.Array
+    key: Ref
+    value: Ref
     # The query-side tiles, or after the last step the gradients on their way out.
-    tiles: jax.Array
-    statistics: jax.Array
-    d_scores: jax.Array
-    d_query: jax.Array
-    key_ready: jax.Array
-    query_ready: jax.Array
-    d_out_ready: jax.Array
-    tiles_free: jax.Array
-    d_scores_ready: jax.Array
-    d_scores_free: jax.Array
-    all_done: jax.Array
+    tiles: Ref
+    statistics: Ref
+    d_scores: Ref
+    d_query: Ref
+    key_ready: Ref
+    query_ready: Ref
+    d_out_ready: Ref
+    tiles_free: Ref
+    d_scores_ready: Ref
+    d_scores_free: Ref
+    turn: Ref
+    all_done: Ref
 
     @property
-    def query(self):
+    def query(self) -> Ref:
         return self.tiles[0][0]
 
     @property
-    def d_out(self):
+    def d_out(self) -> Ref:
         return self.tiles[0][1]
 
     @property
-    def gradient(self):
+    def gradient(self) -> Ref:
         return self.tiles[1]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Program:
-    """What one program of the grid computes: shapes and static choices, and the code of its warpgroups."""
+class _Block:
+    """Shapes and static choices of the kernel."""
 
     config: BackwardConfig
     num_queries: int
@@ -121,173 +123,227 @@ class _Program:
             return self.config.q_tile, self.head_dim // _COMPUTE_WARPGROUPS
         return self.config.q_tile // _COMPUTE_WARPGROUPS, self.head_dim
 
-    def run(self, inputs: BackwardInputs, dq, dk, dv, scratch: _Scratch) -> None:
-        warpgroup = lax.axis_index("warpgroup")
-        batch, kv_head, key_tile = (lax.axis_index(name) for name in ("batch", "kv_heads", "key_tiles"))
-        walk = Walk.read(inputs.ranges, batch, key_tile)
-        place = _Place(batch, kv_head, key_tile, walk)
 
-        @pl.when(warpgroup == _COMPUTE_WARPGROUPS)
-        def _produce():
-            plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
-            self._produce(inputs, scratch, place)
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """One program of the grid: its tile of keys, the query tiles that see it, and what its warpgroups share."""
 
-        @pl.when(warpgroup < _COMPUTE_WARPGROUPS)
-        def _compute():
-            plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
-            self._compute(inputs, dq, dk, dv, scratch, place, warpgroup)
-
-    def _slot(self, step):
-        return lax.rem(step, jnp.int32(self.config.stages))
-
-    def _queries(self, place: "_Place", step) -> tuple[jax.Array, jax.Array]:
-        """Query head and first query of a step; the group's heads come one after the other."""
-        steps = jnp.maximum(place.walk.steps, 1)
-        tile = place.walk.tile(lax.rem(step, steps))
-        return place.kv_head * self.group + lax.div(step, steps), tile * self.config.q_tile
-
-    def _produce(self, inputs: BackwardInputs, scratch: _Scratch, place: "_Place") -> None:
-        config = self.config
-
-        def copy_tiles(step, slot):
-            head, first = self._queries(place, step)
-            rows, ready = pl.ds(first, config.q_tile), scratch.query_ready.at[slot]
-            plgpu.copy_gmem_to_smem(inputs.query.at[place.batch, rows, head], scratch.query.at[slot], ready)
-            plgpu.copy_gmem_to_smem(inputs.lse.at[place.batch, head, rows], scratch.statistics.at[slot, 0], ready)
-            ready = scratch.d_out_ready.at[slot]
-            plgpu.copy_gmem_to_smem(inputs.d_out.at[place.batch, rows, head], scratch.d_out.at[slot], ready)
-            plgpu.copy_gmem_to_smem(inputs.delta.at[place.batch, head, rows], scratch.statistics.at[slot, 1], ready)
-
-        for warpgroup in range(_COMPUTE_WARPGROUPS):
-            rows, ready = place.key_rows(warpgroup), scratch.key_ready.at[warpgroup]
-            for source, target in ((inputs.key, scratch.key), (inputs.value, scratch.value)):
-                plgpu.copy_gmem_to_smem(source.at[place.batch, rows, place.kv_head], target.at[warpgroup], ready)
-
-        steps = place.walk.steps * self.group
-
-        @pl.loop(0, steps)
-        def _copy_tiles(step):
-            slot = self._slot(step)
-            pl.when(step >= config.stages)(lambda: plgpu.barrier_wait(scratch.tiles_free.at[slot]))
-            copy_tiles(step, slot)
-
-        @pl.loop(0, jnp.minimum(config.stages, steps))
-        def _wait_for_last_readers(slot):
-            plgpu.barrier_wait(scratch.tiles_free.at[slot])
-
-    def _compute(self, inputs: BackwardInputs, dq, dk, dv, scratch: _Scratch, place: "_Place", warpgroup) -> None:
-        config, walk = self.config, place.walk
-        keys = place.key_rows(warpgroup)
-        shape = (WARPGROUP_ROWS, config.q_tile)
-        # This warpgroup's half of dQ: of the rows if each half is a whole product's worth of rows, else of the columns.
-        num_rows, num_columns = self.d_query_part
-        first_row = 0 if num_rows == config.q_tile else warpgroup * num_rows
-        columns = pl.ds(0 if num_columns == self.head_dim else warpgroup * num_columns, num_columns)
-
-        def d_query_factors(slot):
-            both, rows = range(_COMPUTE_WARPGROUPS), pl.ds(first_row, num_rows)
-            lefts = [scratch.d_scores.at[slot, w, :, rows] for w in both]
-            zero = hidden_zero()
-            return lefts, [scratch.key.at[w + zero, :, columns] for w in both]
-
-        def add_d_query(step, product):
-            """Sends off this warpgroup's half of the dQ of a step."""
-            buffer = scratch.d_query.at[warpgroup]
-            head, first = self._queries(place, step)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            buffer[...] = product * self.scale
-            plgpu.commit_smem()
-            add_to_gmem(buffer, dq, (place.batch, head, columns), first + first_row, self.num_queries)
-
-        def step_body(tile_step, head, carry, *, is_partial):
-            dk, dv = carry
-            step = head * walk.steps + tile_step
-            slot, last_slot = self._slot(step), self._slot(step + config.stages - 1)
-            plgpu.barrier_wait(scratch.query_ready.at[slot])
-            plgpu.barrier_wait(scratch.d_out_ready.at[slot])
-
-            own = warpgroup + hidden_zero()
-            key, value = scratch.key.at[own], scratch.value.at[own]
-
-            def probabilities(products):
-                lse = plgpu.load(scratch.statistics.at[slot, 0], layout=COLUMNS) * _LOG2_E
-                result = jnp.exp2(products * (self.scale * _LOG2_E) - across_rows(lse, shape))
-                if not is_partial:
-                    return result
-                queries = pl.ds(walk.tile(tile_step) * config.q_tile, config.q_tile)
-                visible = inputs.mask.visible(
-                    place.batch, queries, keys, is_causal=self.is_causal, num_keys=self.num_keys, keys_in_rows=True
-                )
-                return jnp.where(visible, result, 0.0)
-
-            probs, d_probs = two_scores(key, scratch.query.at[slot], value, scratch.d_out.at[slot], use=probabilities)
-            delta = plgpu.load(scratch.statistics.at[slot, 1], layout=COLUMNS)
-            d_scores = (probs * (d_probs - across_rows(delta, shape))).astype(self.dtype)
-            pl.when(step >= config.stages)(lambda: plgpu.barrier_wait(scratch.d_scores_free.at[slot]))
-            scratch.d_scores[slot, warpgroup] = d_scores
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(scratch.d_scores_ready.at[slot])
-            pl.when(step > 0)(lambda: plgpu.barrier_wait(scratch.d_scores_ready.at[last_slot]))
-
-            def use(product):
-                @pl.when(step > 0)
-                def _():
-                    plgpu.barrier_arrive(scratch.d_scores_free.at[last_slot])
-                    add_d_query(step - 1, product)
-
-            dv, dk = accumulate_two_beside(
-                (dv, probs.astype(self.dtype), scratch.d_out.at[slot]),
-                (dk, d_scores, scratch.query.at[slot]),
-                *d_query_factors(last_slot),
-                use=use,
-            )
-            plgpu.barrier_arrive(scratch.tiles_free.at[slot])
-            return dk, dv
-
-        def head_body(head, carry):
-            partial = lambda step, carry: step_body(step, head, carry, is_partial=True)  # noqa: E731
-            whole = lambda step, carry: step_body(step, head, carry, is_partial=False)  # noqa: E731
-            carry = lax.fori_loop(0, walk.partial, partial, carry)
-            return lax.fori_loop(walk.partial, walk.steps, whole, carry)
-
-        plgpu.barrier_wait(scratch.key_ready.at[warpgroup])
-        zero = full((WARPGROUP_ROWS, self.head_dim), 0)
-        dk_acc, dv_acc = lax.fori_loop(0, self.group, head_body, (zero, zero))
-        steps = walk.steps * self.group
-
-        @pl.when(steps > 0)
-        def _last_d_query():
-            slot = self._slot(steps - 1)
-            plgpu.barrier_wait(scratch.d_scores_ready.at[slot])
-            product = sum_of_products(*d_query_factors(slot))
-            plgpu.barrier_arrive(scratch.d_scores_free.at[slot])
-            add_d_query(steps - 1, product)
-
-        @pl.loop(0, jnp.minimum(config.stages, steps))
-        def _wait_for_last_reader(slot):
-            plgpu.barrier_wait(scratch.d_scores_free.at[slot])
-
-        # The other warpgroup may still be reading the tiles that the gradients go out through.
-        plgpu.barrier_arrive(scratch.all_done)
-        plgpu.barrier_wait(scratch.all_done)
-        buffer = scratch.gradient.at[warpgroup]
-        for target, gradient in ((dv, dv_acc), (dk, dk_acc * self.scale)):
-            buffer[...] = gradient
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(buffer, target.at[place.batch, keys, place.kv_head])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-class _Place(NamedTuple):
-    """The key tile of a program, and the query tiles that see it."""
-
+    block: _Block
+    inputs: Ref
+    dq: Ref
+    scratch: _Scratch
     batch: jax.Array
     kv_head: jax.Array
     key_tile: jax.Array
     walk: Walk
 
-    def key_rows(self, warpgroup) -> pl.Slice:
+    @classmethod
+    def here(cls, block: _Block, inputs: Ref, dq: Ref, scratch: _Scratch) -> "_Program":
+        batch, kv_head, key_tile = (lax.axis_index(name) for name in ("batch", "kv_heads", "key_tiles"))
+        return cls(block, inputs, dq, scratch, batch, kv_head, key_tile, Walk.read(inputs.ranges, batch, key_tile))
+
+    @property
+    def steps(self) -> jax.Array:
+        """Query tiles to visit, those of all query heads of the group together."""
+        return self.walk.steps * self.block.group
+
+    def keys(self, warpgroup: jax.Array | int) -> pl.Slice:
+        """The keys that a warpgroup holds."""
         return pl.ds((self.key_tile * _COMPUTE_WARPGROUPS + warpgroup) * WARPGROUP_ROWS, WARPGROUP_ROWS)
+
+    def queries(self, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Query head and first query of a step; the group's heads come one after the other."""
+        steps = jnp.maximum(self.walk.steps, 1)
+        tile = self.walk.tile(lax.rem(step, steps))
+        return self.kv_head * self.block.group + lax.div(step, steps), tile * self.block.config.q_tile
+
+    def slot(self, step: jax.Array) -> jax.Array:
+        return lax.rem(step, jnp.int32(self.block.config.stages))
+
+    def wait_for_last(self, barriers: Ref) -> None:
+        """Waits for the arrivals of the last steps, which no later step waits for."""
+
+        @pl.loop(0, jnp.minimum(self.block.config.stages, self.steps))
+        def _(slot):
+            plgpu.barrier_wait(barriers.at[slot])
+
+    def run(self, dk: Ref, dv: Ref) -> None:
+        warpgroup = lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup == _COMPUTE_WARPGROUPS)
+        def _produce():
+            plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
+            self.produce()
+
+        @pl.when(warpgroup < _COMPUTE_WARPGROUPS)
+        def _compute():
+            plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+            _Worker(self, warpgroup).run(dk, dv)
+
+    def produce(self) -> None:
+        """The third warpgroup's part: copies keys and values once, and the query side of every step."""
+        inputs, scratch = self.inputs, self.scratch
+        for warpgroup in range(_COMPUTE_WARPGROUPS):
+            keys, ready = (self.batch, self.keys(warpgroup), self.kv_head), scratch.key_ready.at[warpgroup]
+            plgpu.copy_gmem_to_smem(inputs.key.at[keys], scratch.key.at[warpgroup], ready)
+            plgpu.copy_gmem_to_smem(inputs.value.at[keys], scratch.value.at[warpgroup], ready)
+
+        @pl.loop(0, self.steps)
+        def _copy_tiles(step):
+            slot = self.slot(step)
+            pl.when(step >= self.block.config.stages)(lambda: plgpu.barrier_wait(scratch.tiles_free.at[slot]))
+            head, first = self.queries(step)
+            rows, ready = pl.ds(first, self.block.config.q_tile), scratch.query_ready.at[slot]
+            plgpu.copy_gmem_to_smem(inputs.query.at[self.batch, rows, head], scratch.query.at[slot], ready)
+            plgpu.copy_gmem_to_smem(inputs.lse.at[self.batch, head, rows], scratch.statistics.at[slot, 0], ready)
+            ready = scratch.d_out_ready.at[slot]
+            plgpu.copy_gmem_to_smem(inputs.d_out.at[self.batch, rows, head], scratch.d_out.at[slot], ready)
+            plgpu.copy_gmem_to_smem(inputs.delta.at[self.batch, head, rows], scratch.statistics.at[slot, 1], ready)
+
+        self.wait_for_last(scratch.tiles_free)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Worker:
+    """One of the two compute warpgroups of a program.
+
+    They take turns at the tensor cores: from issuing the products that end a step to issuing those that begin the next
+    one the turn is one warpgroup's, and meanwhile the other one computes probabilities.
+    """
+
+    program: _Program
+    warpgroup: jax.Array
+
+    @property
+    def first_row(self) -> jax.Array | int:
+        """First row of this warpgroup's half of a step's dQ: a half of the rows if that fills a product."""
+        num_rows, _ = self.program.block.d_query_part
+        return 0 if num_rows == self.program.block.config.q_tile else self.warpgroup * num_rows
+
+    @property
+    def columns(self) -> pl.Slice:
+        """Columns of this warpgroup's half of a step's dQ."""
+        _, num_columns = self.program.block.d_query_part
+        return pl.ds(0 if num_columns == self.program.block.head_dim else self.warpgroup * num_columns, num_columns)
+
+    def take_turn(self) -> None:
+        plgpu.barrier_wait(self.program.scratch.turn.at[self.warpgroup])
+
+    def give_turn(self) -> None:
+        plgpu.barrier_arrive(self.program.scratch.turn.at[1 - self.warpgroup])
+
+    def run(self, dk: Ref, dv: Ref) -> None:
+        program, scratch = self.program, self.program.scratch
+        plgpu.barrier_wait(scratch.key_ready.at[self.warpgroup])
+        zero = full((WARPGROUP_ROWS, program.block.head_dim), 0)
+        pl.when(self.warpgroup == 1)(self.give_turn)
+        gradients = lax.fori_loop(0, program.block.group, self.all_tiles, (zero, zero))
+        pl.when(program.steps > 0)(self.give_turn)
+        pl.when(self.warpgroup == 0)(self.take_turn)
+
+        @pl.when(program.steps > 0)
+        def _last_d_query():
+            slot = program.slot(program.steps - 1)
+            plgpu.barrier_wait(scratch.d_scores_ready.at[slot])
+            product = sum_of_products(*self.d_query_factors(slot))
+            plgpu.barrier_arrive(scratch.d_scores_free.at[slot])
+            self.add_d_query(program.steps - 1, product)
+
+        program.wait_for_last(scratch.d_scores_free)
+        # The other warpgroup may still be reading the tiles that the gradients go out through.
+        plgpu.barrier_arrive(scratch.all_done)
+        plgpu.barrier_wait(scratch.all_done)
+        buffer = scratch.gradient.at[self.warpgroup]
+        for target, gradient in ((dv, gradients[1]), (dk, gradients[0] * program.block.scale)):
+            buffer[...] = gradient
+            plgpu.commit_smem()
+            where = (program.batch, program.keys(self.warpgroup), program.kv_head)
+            plgpu.copy_smem_to_gmem(buffer, target.at[where])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def all_tiles(self, head: jax.Array, carry: tuple) -> tuple:
+        """`carry`, dK and dV so far, after all query tiles of one head of the group."""
+        walk = self.program.walk
+        carry = lax.fori_loop(0, walk.partial, lambda i, c: self.step(i, head, c, is_partial=True), carry)
+        return lax.fori_loop(walk.partial, walk.steps, lambda i, c: self.step(i, head, c, is_partial=False), carry)
+
+    def step(self, tile_step: jax.Array, head: jax.Array, carry: tuple, *, is_partial: bool) -> tuple:
+        program, block, scratch = self.program, self.program.block, self.program.scratch
+        step = head * program.walk.steps + tile_step
+        slot, last_slot = program.slot(step), program.slot(step + block.config.stages - 1)
+        query, d_out = scratch.query.at[slot], scratch.d_out.at[slot]
+        plgpu.barrier_wait(scratch.query_ready.at[slot])
+        plgpu.barrier_wait(scratch.d_out_ready.at[slot])
+        probs, d_scores = self.probabilities(step, tile_step, query, d_out, is_partial=is_partial)
+        pl.when(step >= block.config.stages)(lambda: plgpu.barrier_wait(scratch.d_scores_free.at[slot]))
+        scratch.d_scores[slot, self.warpgroup] = d_scores
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(scratch.d_scores_ready.at[slot])
+        pl.when(step > 0)(lambda: plgpu.barrier_wait(scratch.d_scores_ready.at[last_slot]))
+
+        def use(product):
+            @pl.when(step > 0)
+            def _():
+                plgpu.barrier_arrive(scratch.d_scores_free.at[last_slot])
+                self.add_d_query(step - 1, product)
+
+        self.take_turn()
+        dk, dv = carry
+        dv, dk = accumulate_two_beside(
+            (dv, probs, d_out), (dk, d_scores, query), *self.d_query_factors(last_slot), use=use
+        )
+        plgpu.barrier_arrive(scratch.tiles_free.at[slot])
+        return dk, dv
+
+    def probabilities(self, step, tile_step, query: Ref, d_out: Ref, *, is_partial: bool) -> tuple:
+        """Transposed probabilities of a step and the gradients of its scores, both rounded to the inputs' dtype."""
+        program, block = self.program, self.program.block
+        statistics, keys = program.scratch.statistics.at[program.slot(step)], program.keys(self.warpgroup)
+        shape = (WARPGROUP_ROWS, block.config.q_tile)
+
+        def exponentials(products):
+            lse = plgpu.load(statistics.at[0], layout=COLUMNS) * _LOG2_E
+            result = jnp.exp2(products * (block.scale * _LOG2_E) - across_rows(lse, shape))
+            if not is_partial:
+                return result
+            queries = pl.ds(program.walk.tile(tile_step) * block.config.q_tile, block.config.q_tile)
+            visible = program.inputs.mask.visible(
+                program.batch, queries, keys, is_causal=block.is_causal, num_keys=block.num_keys, keys_in_rows=True
+            )
+            return jnp.where(visible, result, 0.0)
+
+        own = self.warpgroup + hidden_zero()
+        probs, d_probs = two_scores(
+            program.scratch.key.at[own],
+            query,
+            program.scratch.value.at[own],
+            d_out,
+            use=exponentials,
+            issued=lambda: pl.when(step > 0)(self.give_turn),
+        )
+        delta = plgpu.load(statistics.at[1], layout=COLUMNS)
+        d_scores = probs * (d_probs - across_rows(delta, shape))
+        return probs.astype(block.dtype), d_scores.astype(block.dtype)
+
+    def d_query_factors(self, slot: jax.Array) -> tuple[list[Ref], list[Ref]]:
+        """The score gradients in a slot and the keys, whose products add up to this warpgroup's half of dQ."""
+        scratch, both = self.program.scratch, range(_COMPUTE_WARPGROUPS)
+        rows = pl.ds(self.first_row, self.program.block.d_query_part[0])
+        zero = hidden_zero()
+        return [scratch.d_scores.at[slot, w, :, rows] for w in both], [
+            scratch.key.at[w + zero, :, self.columns] for w in both
+        ]
+
+    def add_d_query(self, step: jax.Array, product: jax.Array) -> None:
+        """Sends off this warpgroup's half of the dQ of a step."""
+        program = self.program
+        buffer = program.scratch.d_query.at[self.warpgroup]
+        head, first = program.queries(step)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        buffer[...] = product * program.block.scale
+        plgpu.commit_smem()
+        where = (program.batch, head, self.columns)
+        add_to_gmem(buffer, program.dq, where, first + self.first_row, program.block.num_queries)
 
 
 def differentiate(
@@ -306,7 +362,7 @@ def differentiate(
     """This block's gradients, its share of `dq` added in place in no fixed order. T and S are multiples of 8."""
     batch, num_queries, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[2]
-    program = _Program(
+    block = _Block(
         config=config,
         num_queries=num_queries,
         num_keys=mask.k_positions.shape[0],
@@ -322,13 +378,14 @@ def differentiate(
 
     def body(*refs, **scratch):
         *input_refs, dq_ref, dk_ref, dv_ref = refs
-        program.run(jax.tree.unflatten(treedef, input_refs), dq_ref, dk_ref, dv_ref, _Scratch(**scratch))
+        inputs = jax.tree.unflatten(treedef, input_refs)
+        _Program.here(block, inputs, dq_ref, _Scratch(**scratch)).run(dk_ref, dv_ref)
 
     gradient = jax.ShapeDtypeStruct(key.shape, jnp.float32)
     kernel = plgpu.kernel(
         body,
         out_type=(gradient, gradient),
-        scratch_types=_scratch(program),
+        scratch_types=_scratch(block),
         grid=(num_kv_heads, -(-key.shape[1] // config.k_tile), batch),
         grid_names=("kv_heads", "key_tiles", "batch"),
         num_threads=_COMPUTE_WARPGROUPS + 1,
@@ -345,23 +402,24 @@ def differentiate(
     return Gradients(dq, dk, dv)
 
 
-def _scratch(program: _Program) -> dict:
-    config, head_dim = program.config, program.head_dim
+def _scratch(block: _Block) -> dict:
+    config, head_dim = block.config, block.head_dim
     warpgroups, stages = _COMPUTE_WARPGROUPS, config.stages
-    key_value = matrix_scratch((warpgroups, WARPGROUP_ROWS, head_dim), program.dtype)
-    query = matrix_scratch((stages, config.q_tile, head_dim), program.dtype)
+    key_value = matrix_scratch((warpgroups, WARPGROUP_ROWS, head_dim), block.dtype)
+    query = matrix_scratch((stages, config.q_tile, head_dim), block.dtype)
     return _Scratch(
         key=key_value,
         value=key_value,
         tiles=plgpu.RefUnion((query, query), matrix_scratch((warpgroups, WARPGROUP_ROWS, head_dim), jnp.float32)),
         statistics=plgpu.SMEM((stages, 2, config.q_tile), jnp.float32),
-        d_scores=matrix_scratch((stages, warpgroups, WARPGROUP_ROWS, config.q_tile), program.dtype),
-        d_query=matrix_scratch((warpgroups, *program.d_query_part), jnp.float32),
+        d_scores=matrix_scratch((stages, warpgroups, WARPGROUP_ROWS, config.q_tile), block.dtype),
+        d_query=matrix_scratch((warpgroups, *block.d_query_part), jnp.float32),
         key_ready=plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups),
         query_ready=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         d_out_ready=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         tiles_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
         d_scores_ready=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
         d_scores_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+        turn=plgpu.Barrier(num_barriers=warpgroups),
         all_done=plgpu.Barrier(num_arrivals=warpgroups),
     )._asdict()

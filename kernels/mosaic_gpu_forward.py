@@ -2,8 +2,8 @@
 
 The shape of FlashAttention-3 (arXiv:2407.08608): one producer warpgroup copies tiles with TMA, the others compute 64
 query rows each. A compute warpgroup runs the softmax of one key tile while its product of the tile before with the
-values is still in the tensor cores, and the compute warpgroups take turns at issuing products, so that one's softmax
-hides under the other's products.
+values is still in the tensor cores. Making the compute warpgroups take turns at issuing products, as that paper does,
+lost 1 to 3 % on an H200: they fall out of step by themselves.
 
 The running state is merged after the last key tile: until then its copy into shared memory is in flight.
 """
@@ -24,10 +24,10 @@ from .mosaic_gpu_masks import MaskInputs, Walk, pad_last
 from .mosaic_gpu_primitives import (
     ROWS,
     WARPGROUP_ROWS,
+    Ref,
     accumulate,
     across_columns,
     full,
-    hidden_zero,
     matrix_scratch,
     scores,
     scores_while_accumulating,
@@ -44,14 +44,13 @@ class ForwardConfig:
 
     `q_tile` queries per program, 64 for each compute warpgroup; `k_tile` keys per step; `stages` key and value tiles in
     shared memory. `early_state` gives the running output shared memory of its own, so that it is copied while keys are
-    still computed with. `turns` makes the compute warpgroups take turns at issuing products.
+    still computed with.
     """
 
     q_tile: int
     k_tile: int
     stages: int
     early_state: bool = True
-    turns: bool = True
 
     def __post_init__(self):
         if self.q_tile not in (128, 192):
@@ -93,29 +92,29 @@ class _Inputs(NamedTuple):
 class _Scratch(NamedTuple):
     """Shared memory and barriers of one program. `*_ready` count a copy's arrival, `*_free` the readers' leaving."""
 
-    tiles: tuple
-    query_ready: jax.Array
-    key_ready: jax.Array
-    value_ready: jax.Array
-    output_ready: jax.Array
-    key_free: jax.Array
-    value_free: jax.Array
-    turn: jax.Array
+    # Queries, keys and values; and the running output.
+    tiles: Ref
+    query_ready: Ref
+    key_ready: Ref
+    value_ready: Ref
+    output_ready: Ref
+    key_free: Ref
+    value_free: Ref
 
     @property
-    def query(self):
+    def query(self) -> Ref:
         return self.tiles[0][0]
 
     @property
-    def key(self):
+    def key(self) -> Ref:
         return self.tiles[0][1]
 
     @property
-    def value(self):
+    def value(self) -> Ref:
         return self.tiles[0][2]
 
     @property
-    def output(self):
+    def output(self) -> Ref:
         return self.tiles[1]
 
 
@@ -127,8 +126,8 @@ class _Softmax(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Program:
-    """What one program of the grid computes: shapes and static choices, and the code of its warpgroups."""
+class _Block:
+    """Shapes and static choices of the kernel; `exponent_scale` turns products into powers of two."""
 
     config: ForwardConfig
     num_keys: int
@@ -139,177 +138,182 @@ class _Program:
     is_causal: bool
     exponent_scale: float
 
-    def run(self, inputs: _Inputs, state: AttentionState, scratch: _Scratch) -> None:
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """One program of the grid: its tile of queries, the key tiles they see, and what its warpgroups share."""
+
+    block: _Block
+    inputs: Ref
+    state: Ref
+    scratch: _Scratch
+    batch: jax.Array
+    head: jax.Array
+    row_tile: jax.Array
+    walk: Walk
+
+    @classmethod
+    def here(cls, block: _Block, inputs: Ref, state: Ref, scratch: _Scratch) -> "_Program":
         batch, head = lax.axis_index("batch"), lax.axis_index("heads")
         # The last rows have the most keys in a causal block: they go first, so that the short ones fill the gaps.
-        row_tile = self.num_row_tiles - 1 - lax.axis_index("row_tiles")
-        warpgroup = lax.axis_index("warpgroup")
-        walk = Walk.read(inputs.ranges, batch, row_tile)
-        producer_registers, compute_registers = self.config.registers
+        row_tile = block.num_row_tiles - 1 - lax.axis_index("row_tiles")
+        return cls(block, inputs, state, scratch, batch, head, row_tile, Walk.read(inputs.ranges, batch, row_tile))
 
-        @pl.when(walk.steps > 0)
+    def rows(self, warpgroup: jax.Array | int) -> pl.Slice:
+        """The queries that a compute warpgroup holds."""
+        return pl.ds(self.row_tile * self.block.config.q_tile + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+
+    def slot(self, step: jax.Array) -> jax.Array:
+        return lax.rem(step, jnp.int32(self.block.config.stages))
+
+    def run(self) -> None:
+        config, warpgroup = self.block.config, lax.axis_index("warpgroup")
+        producer_registers, compute_registers = config.registers
+
+        @pl.when(self.walk.steps > 0)
         def _():
-            @pl.when(warpgroup == self.config.compute_warpgroups)
+            @pl.when(warpgroup == config.compute_warpgroups)
             def _produce():
                 plgpu.set_max_registers(producer_registers, action="decrease")
-                self._produce(inputs, state, scratch, walk, batch, head, row_tile)
+                self.produce()
 
-            @pl.when(warpgroup < self.config.compute_warpgroups)
+            @pl.when(warpgroup < config.compute_warpgroups)
             def _compute():
                 plgpu.set_max_registers(compute_registers, action="increase")
-                self._compute(inputs, state, scratch, walk, batch, head, row_tile, warpgroup)
+                _Worker(self, warpgroup).run()
 
-    def _produce(self, inputs, state, scratch, walk, batch, head, row_tile) -> None:
-        config = self.config
-        kv_head = lax.div(head, jnp.int32(self.group))
+    def produce(self) -> None:
+        """The last warpgroup's part: copies queries and running output once, and the keys and values of every step."""
+        config, inputs, scratch, steps = self.block.config, self.inputs, self.scratch, self.walk.steps
+        kv_head = lax.div(self.head, jnp.int32(self.block.group))
+        self.copy_rows(inputs.query, scratch.query, scratch.query_ready)
 
-        def rows(warpgroup):
-            first = row_tile * config.q_tile + warpgroup * WARPGROUP_ROWS
-            return (batch, pl.ds(first, WARPGROUP_ROWS), head)
-
-        def copy_key(step, slot):
-            keys = (batch, pl.ds(walk.tile(step) * config.k_tile, config.k_tile), kv_head)
+        @pl.loop(0, steps)
+        def _copy_keys_and_values(step):
+            slot = self.slot(step)
+            keys = (self.batch, pl.ds(self.walk.tile(step) * config.k_tile, config.k_tile), kv_head)
+            pl.when(step >= config.stages)(lambda: plgpu.barrier_wait(scratch.key_free.at[slot]))
             plgpu.copy_gmem_to_smem(inputs.key.at[keys], scratch.key.at[slot], scratch.key_ready.at[slot])
-
-        def copy_value(step, slot):
-            keys = (batch, pl.ds(walk.tile(step) * config.k_tile, config.k_tile), kv_head)
+            pl.when(step >= config.stages)(lambda: plgpu.barrier_wait(scratch.value_free.at[slot]))
             plgpu.copy_gmem_to_smem(inputs.value.at[keys], scratch.value.at[slot], scratch.value_ready.at[slot])
 
-        for warpgroup in range(config.compute_warpgroups):
-            plgpu.copy_gmem_to_smem(
-                inputs.query.at[rows(warpgroup)], scratch.query.at[warpgroup], scratch.query_ready.at[warpgroup]
-            )
+            # Needed last, so asked for when the first tiles are on their way.
+            @pl.when((step == jnp.minimum(config.stages, steps) - 1) & config.early_state)
+            def _():
+                self.copy_rows(self.state.output, scratch.output, scratch.output_ready)
 
-        def copy_output():
-            for warpgroup in range(config.compute_warpgroups):
-                plgpu.copy_gmem_to_smem(
-                    state.output.at[rows(warpgroup)], scratch.output.at[warpgroup], scratch.output_ready.at[warpgroup]
-                )
-
-        @pl.loop(0, walk.steps)
-        def _copy_keys_and_values(step):
-            slot = lax.rem(step, jnp.int32(config.stages))
-            pl.when(step >= config.stages)(lambda: plgpu.barrier_wait(scratch.key_free.at[slot]))
-            copy_key(step, slot)
-            pl.when(step >= config.stages)(lambda: plgpu.barrier_wait(scratch.value_free.at[slot]))
-            copy_value(step, slot)
-            # Wanted last, so asked for after the first tiles.
-            pl.when((step == 0) & config.early_state)(copy_output)
-
-        @pl.loop(0, jnp.minimum(config.stages, walk.steps))
+        @pl.loop(0, jnp.minimum(config.stages, steps))
         def _wait_for_last_readers(slot):
             plgpu.barrier_wait(scratch.key_free.at[slot])
             plgpu.barrier_wait(scratch.value_free.at[slot])
 
         if not config.early_state:
-            copy_output()
+            self.copy_rows(self.state.output, scratch.output, scratch.output_ready)
 
-    def _compute(self, inputs, state, scratch, walk, batch, head, row_tile, warpgroup) -> None:
-        first_row = row_tile * self.config.q_tile + warpgroup * WARPGROUP_ROWS
-        next_warpgroup = lax.rem(warpgroup + 1, jnp.int32(self.config.compute_warpgroups))
-        row_lse = state.lse.at[batch, head, pl.ds(first_row, WARPGROUP_ROWS)]
-        old_lse = plgpu.load(row_lse, layout=ROWS, optimized=False)
+    def copy_rows(self, source: Ref, target: Ref, ready: Ref) -> None:
+        for warpgroup in range(self.block.config.compute_warpgroups):
+            rows = source.at[self.batch, self.rows(warpgroup), self.head]
+            plgpu.copy_gmem_to_smem(rows, target.at[warpgroup], ready.at[warpgroup])
 
-        def visible(step):
-            queries = pl.ds(first_row, WARPGROUP_ROWS)
-            keys = pl.ds(walk.tile(step) * self.config.k_tile, self.config.k_tile)
-            return inputs.mask.visible(batch, queries, keys, is_causal=self.is_causal, num_keys=self.num_keys)
 
-        def slot_of(step):
-            return lax.rem(step, jnp.int32(self.config.stages))
+@dataclasses.dataclass(frozen=True)
+class _Worker:
+    """One compute warpgroup of a program."""
 
-        def take_turn():
-            if not self.config.turns:
-                return
-            plgpu.barrier_wait(scratch.turn.at[warpgroup])
+    program: _Program
+    warpgroup: jax.Array
 
-        def give_turn():
-            if not self.config.turns:
-                return
-            plgpu.barrier_arrive(scratch.turn.at[next_warpgroup])
-
-        def step_body(step, carry, *, is_partial):
-            acc, softmax, weights = carry
-            slot, last_slot = slot_of(step), slot_of(step - 1)
-            mask = visible(step) if is_partial else None
-
-            def ready():
-                plgpu.barrier_wait(scratch.key_ready.at[slot])
-                take_turn()
-                plgpu.barrier_wait(scratch.value_ready.at[last_slot])
-
-            def use(products):
-                plgpu.barrier_arrive(scratch.key_free.at[slot])
-                return self._update(softmax, products, mask)
-
-            (softmax, decay, weights), acc = scores_while_accumulating(
-                scratch.query.at[warpgroup + hidden_zero()],
-                scratch.key.at[slot],
-                acc,
-                weights,
-                scratch.value.at[last_slot],
-                ready=ready,
-                issued=give_turn,
-                use=use,
-            )
-            plgpu.barrier_arrive(scratch.value_free.at[last_slot])
-            # Rounded only now: the registers of the old weights were being read until the product was waited for.
-            return acc * across_columns(decay, acc.shape), softmax, weights.astype(self.dtype)
-
-        plgpu.barrier_wait(scratch.query_ready.at[warpgroup])
-        pl.when(warpgroup == self.config.compute_warpgroups - 1)(give_turn)
-        mask = visible(jnp.int32(0))
-        plgpu.barrier_wait(scratch.key_ready.at[0])
-        take_turn()
-        products = scores(scratch.query.at[warpgroup], scratch.key.at[0])
-        give_turn()
-        plgpu.barrier_arrive(scratch.key_free.at[0])
-        empty = _Softmax(full((WARPGROUP_ROWS,), -jnp.inf, ROWS), full((WARPGROUP_ROWS,), 0, ROWS))
-        softmax, _, weights = self._update(empty, products, mask)
-        carry = full((WARPGROUP_ROWS, self.head_dim), 0), softmax, weights.astype(self.dtype)
-        carry = lax.fori_loop(1, walk.partial, lambda i, c: step_body(i, c, is_partial=True), carry)
+    def run(self) -> None:
+        program, scratch, walk = self.program, self.program.scratch, self.program.walk
+        rows = program.rows(self.warpgroup)
+        lse = program.state.lse.at[program.batch, program.head, rows]
+        old_lse = plgpu.load(lse, layout=ROWS, optimized=False)
+        carry = self.first_step()
+        carry = lax.fori_loop(1, walk.partial, lambda i, c: self.step(i, c, is_partial=True), carry)
         first_full = jnp.maximum(walk.partial, 1)
-        acc, softmax, weights = lax.fori_loop(
-            first_full, walk.steps, lambda i, c: step_body(i, c, is_partial=False), carry
-        )
-        last_slot = slot_of(walk.steps - 1)
+        carry = lax.fori_loop(first_full, walk.steps, lambda i, c: self.step(i, c, is_partial=False), carry)
+        acc, softmax, weights = carry
+        last_slot = program.slot(walk.steps - 1)
         plgpu.barrier_wait(scratch.value_ready.at[last_slot])
         acc = accumulate(acc, weights, scratch.value.at[last_slot])
         plgpu.barrier_arrive(scratch.value_free.at[last_slot])
-        pl.when(warpgroup == 0)(take_turn)
-        output = scratch.output.at[warpgroup]
-        plgpu.barrier_wait(scratch.output_ready.at[warpgroup])
+        output = scratch.output.at[self.warpgroup]
+        plgpu.barrier_wait(scratch.output_ready.at[self.warpgroup])
         old_output = plgpu.load(output, layout=plgpu.Layout.WGMMA)
         plgpu.commit_smem()  # Every thread has read its part of the old output before any writes the new one.
-        output[...], row_lse[...] = self._merge(acc, softmax, old_output, old_lse)
+        output[...], lse[...] = _merge(acc, softmax, old_output, old_lse)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(output, state.output.at[batch, pl.ds(first_row, WARPGROUP_ROWS), head])
+        plgpu.copy_smem_to_gmem(output, program.state.output.at[program.batch, rows, program.head])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    def _update(self, softmax: _Softmax, products, mask):
+    def first_step(self) -> tuple:
+        """Accumulator, softmax and unused weights after the scores of the first key tile, computed with the mask."""
+        program, block, scratch = self.program, self.program.block, self.program.scratch
+        plgpu.barrier_wait(scratch.query_ready.at[self.warpgroup])
+        mask = self.visible(jnp.int32(0))
+        plgpu.barrier_wait(scratch.key_ready.at[0])
+        products = scores(scratch.query.at[self.warpgroup], scratch.key.at[0])
+        plgpu.barrier_arrive(scratch.key_free.at[0])
+        empty = _Softmax(full((WARPGROUP_ROWS,), -jnp.inf, ROWS), full((WARPGROUP_ROWS,), 0, ROWS))
+        softmax, _, weights = self.update(empty, products, mask)
+        return full((WARPGROUP_ROWS, program.block.head_dim), 0), softmax, weights.astype(block.dtype)
+
+    def step(self, step: jax.Array, carry: tuple, *, is_partial: bool) -> tuple:
+        """The scores of a step's key tile, and under their softmax the product of the last step's with the values."""
+        program, scratch = self.program, self.program.scratch
+        acc, softmax, weights = carry
+        slot, last_slot = program.slot(step), program.slot(step - 1)
+        mask = self.visible(step) if is_partial else None
+
+        def ready():
+            plgpu.barrier_wait(scratch.key_ready.at[slot])
+            plgpu.barrier_wait(scratch.value_ready.at[last_slot])
+
+        def use(products):
+            plgpu.barrier_arrive(scratch.key_free.at[slot])
+            return self.update(softmax, products, mask)
+
+        query, key, value = scratch.query.at[self.warpgroup], scratch.key.at[slot], scratch.value.at[last_slot]
+        (softmax, decay, weights), acc = scores_while_accumulating(
+            query, key, acc, weights, value, ready=ready, use=use
+        )
+        plgpu.barrier_arrive(scratch.value_free.at[last_slot])
+        # Rounded only now: the registers of the old weights were being read until the product was waited for.
+        return acc * across_columns(decay, acc.shape), softmax, weights.astype(program.block.dtype)
+
+    def visible(self, step: jax.Array) -> jax.Array:
+        """The mask of this warpgroup's rows and a step's key tile."""
+        program, block = self.program, self.program.block
+        keys = pl.ds(program.walk.tile(step) * block.config.k_tile, block.config.k_tile)
+        return program.inputs.mask.visible(
+            program.batch, program.rows(self.warpgroup), keys, is_causal=block.is_causal, num_keys=block.num_keys
+        )
+
+    def update(self, softmax: _Softmax, products: jax.Array, mask: jax.Array | None) -> tuple:
         """Softmax state after one key tile, what earlier sums decay by, and the tile's weights."""
-        shape = products.shape
+        scale = self.program.block.exponent_scale
         if mask is not None:
             products = jnp.where(mask, products, -jnp.inf)
-        maximum = jnp.maximum(softmax.maximum, products.max(axis=1) * self.exponent_scale)
+        maximum = jnp.maximum(softmax.maximum, products.max(axis=1) * scale)
         # A row without any visible key so far has the maximum -inf: subtract zero there instead.
         base = jnp.where(maximum == -jnp.inf, 0.0, maximum) if mask is not None else maximum
         decay = jnp.exp2(softmax.maximum - base)
-        weights = jnp.exp2(products * self.exponent_scale - across_columns(base, shape))
+        weights = jnp.exp2(products * scale - across_columns(base, products.shape))
         total = softmax.total * decay + weights.sum(axis=1)
         return _Softmax(maximum, total), decay, weights
 
-    def _merge(self, acc, softmax: _Softmax, old_output, old_lse):
-        """The running output and lse after this block."""
-        old = old_lse * _LOG2_E
-        maximum = jnp.maximum(softmax.maximum, old)
-        base = jnp.where(maximum == -jnp.inf, 0.0, maximum)
-        new_weight, old_weight = jnp.exp2(softmax.maximum - base), jnp.exp2(old - base)
-        total = softmax.total * new_weight + old_weight
-        norm = 1.0 / jnp.where(total == 0.0, 1.0, total)
-        output = acc * across_columns(new_weight * norm, acc.shape)
-        output += old_output * across_columns(old_weight * norm, acc.shape)
-        return output, (base + jnp.log2(total)) * _LN_2
+
+def _merge(acc: jax.Array, softmax: _Softmax, old_output: jax.Array, old_lse: jax.Array) -> tuple:
+    """The running output and lse after this block, from those before and the block's own."""
+    old = old_lse * _LOG2_E
+    maximum = jnp.maximum(softmax.maximum, old)
+    base = jnp.where(maximum == -jnp.inf, 0.0, maximum)
+    new_weight, old_weight = jnp.exp2(softmax.maximum - base), jnp.exp2(old - base)
+    total = softmax.total * new_weight + old_weight
+    norm = 1.0 / jnp.where(total == 0.0, 1.0, total)
+    output = acc * across_columns(new_weight * norm, acc.shape)
+    output += old_output * across_columns(old_weight * norm, acc.shape)
+    return output, (base + jnp.log2(total)) * _LN_2
 
 
 def attend(
@@ -325,7 +329,7 @@ def attend(
     """Folds one block into `state`, in place. T and S are multiples of 8 (beyond those of `mask`: padding), H of 32."""
     batch, num_queries, num_heads, head_dim = query.shape
     row_tiles = -(-num_queries // config.q_tile)
-    program = _Program(
+    block = _Block(
         config=config,
         num_keys=mask.k_positions.shape[0],
         num_row_tiles=row_tiles,
@@ -346,7 +350,8 @@ def attend(
 
     def body(*refs, **scratch):
         *input_refs, output, lse = refs
-        program.run(jax.tree.unflatten(treedef, input_refs), AttentionState(output, lse), _Scratch(**scratch))
+        inputs = jax.tree.unflatten(treedef, input_refs)
+        _Program.here(block, inputs, AttentionState(output, lse), _Scratch(**scratch)).run()
 
     kernel = plgpu.kernel(
         body,
@@ -377,5 +382,4 @@ def _scratch(config: ForwardConfig, head_dim: int, dtype) -> dict:
         output_ready=plgpu.Barrier(num_barriers=warpgroups),
         key_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
         value_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
-        turn=plgpu.Barrier(num_barriers=warpgroups),
     )._asdict()

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
 from .contract import BlockMask
-from .mosaic_gpu_primitives import COLUMNS, ROWS, across_columns, across_rows
-from .tiles import TileRanges
+from .mosaic_gpu_primitives import COLUMNS, ROWS, Ref, across_columns, across_rows
 
 
 class Walk(NamedTuple):
@@ -24,8 +23,8 @@ class Walk(NamedTuple):
     steps: jax.Array
 
     @classmethod
-    def read(cls, ranges: TileRanges, batch: jax.Array, row: jax.Array) -> "Walk":
-        """The walk of row tile `row`, from references to the ranges."""
+    def read(cls, ranges: Ref, batch: jax.Array, row: jax.Array) -> "Walk":
+        """The walk of row tile `row`, from references to `TileRanges`."""
         entry = (batch if ranges.start.shape[0] > 1 else 0, row)
         start, full_start, full_end, end = (field[entry] for field in ranges)
         before = full_start - start
@@ -55,9 +54,18 @@ class MaskInputs(NamedTuple):
         )
 
     def visible(
-        self, batch, queries: pl.Slice, keys: pl.Slice, *, is_causal: bool, num_keys: int, keys_in_rows: bool = False
+        self,
+        batch: jax.Array,
+        queries: pl.Slice,
+        keys: pl.Slice,
+        *,
+        is_causal: bool,
+        num_keys: int,
+        keys_in_rows: bool = False,
     ) -> Bool[jax.Array, "rows columns"]:
         """Which pairs of some queries and keys attend, in the layout of a matrix product's result."""
+        assert isinstance(queries.size, int)
+        assert isinstance(keys.size, int)
         shape = (keys.size, queries.size) if keys_in_rows else (queries.size, keys.size)
         q_layout, k_layout = (COLUMNS, ROWS) if keys_in_rows else (ROWS, COLUMNS)
         spread_q, spread_k = (across_rows, across_columns) if keys_in_rows else (across_columns, across_rows)

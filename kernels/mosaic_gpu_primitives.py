@@ -7,6 +7,7 @@ Each operation that the Mosaic interpreter refuses is one function with a mathem
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -14,6 +15,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jax._src import config as _private_config
+
+type Ref = Any
+"""A reference to memory inside a kernel, or a tree of them; jax's own types are private, and `ref.at` has another."""
 
 WARPGROUP_ROWS = 64
 """Rows of one warpgroup's matrix product: the M of every Hopper `wgmma`."""
@@ -34,23 +38,28 @@ def matrix_scratch(shape: Sequence[int], dtype: jnp.dtype) -> pl.MemoryRef:
     """Shared memory for matrices whose last dim is tiled and swizzled as `wgmma` and TMA want it."""
     itemsize = jnp.dtype(dtype).itemsize
     swizzle = next(bytes_ for bytes_ in (128, 64, 32) if shape[-1] * itemsize % bytes_ == 0)
-    transforms = (plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle))
+    tiling = plgpu.TilingTransform((8, swizzle // itemsize))  # pyright: ignore[reportAbstractUsage]
+    transforms = (tiling, plgpu.SwizzleTransform(swizzle))  # pyright: ignore[reportAbstractUsage]
     return plgpu.SMEM(tuple(shape), dtype, transforms=transforms)
 
 
-def full(shape: tuple[int, ...], value: float, layout=plgpu.Layout.WGMMA) -> jax.Array:
+def full(shape: tuple[int, ...], value: float, layout: Any = plgpu.Layout.WGMMA) -> jax.Array:
     """A float32 constant held in registers."""
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
-def across_columns(rows: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def across_columns(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """One number per row, repeated over the columns."""
     return lax.broadcast_in_dim(rows, shape, [0])
 
 
-def across_rows(columns: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def across_rows(columns: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """One number per column, repeated over the rows."""
     return lax.broadcast_in_dim(columns, shape, [1])
+
+
+def _accumulator(rows: int, columns: int) -> plgpu.WGMMAAccumulatorRef:
+    return plgpu.WGMMAAccumulatorRef((rows, columns), jnp.float32)
 
 
 def hidden_zero() -> jax.Array:
@@ -62,17 +71,17 @@ def hidden_zero() -> jax.Array:
     return lax.optimization_barrier(jnp.int32(0))
 
 
-def scores(query, key) -> jax.Array:
+def scores(query: Ref, key: Ref) -> jax.Array:
     """`query @ key.T` of two matrices in shared memory, waited for."""
 
     def body(acc):
         plgpu.wgmma(acc, query, key.transpose((1, 0)))
         return acc[...]
 
-    return pl.run_scoped(body, plgpu.ACC((query.shape[0], key.shape[0]), jnp.float32))
+    return pl.run_scoped(body, _accumulator(query.shape[0], key.shape[0]))
 
 
-def accumulate(acc: jax.Array, weights: jax.Array, value) -> jax.Array:
+def accumulate(acc: jax.Array, weights: jax.Array, value: Ref) -> jax.Array:
     """`acc + weights @ value`, waited for; `weights` in registers, `value` in shared memory."""
     if is_interpreted():
         product = jnp.dot(weights, value[...], preferred_element_type=jnp.float32)
@@ -84,29 +93,26 @@ def accumulate(acc: jax.Array, weights: jax.Array, value) -> jax.Array:
         plgpu.wgmma(acc_ref, weights, value)
         return acc_ref[...]
 
-    return pl.run_scoped(body, plgpu.ACC(acc.shape, jnp.float32))
+    return pl.run_scoped(body, _accumulator(*acc.shape))
 
 
 def scores_while_accumulating[R](
-    query,
-    key,
+    query: Ref,
+    key: Ref,
     acc: jax.Array,
     weights: jax.Array,
-    value,
+    value: Ref,
     *,
     ready: Callable[[], None],
-    issued: Callable[[], None],
     use: Callable[[jax.Array], R],
 ) -> tuple[R, jax.Array]:
     """`use(query @ key.T)` and `acc + weights @ value`, with `use` running under the second product.
 
-    `ready` is called before the products are issued and `issued` when both are in flight. `weights` is in registers,
-    the other operands in shared memory.
+    `ready` is called before the products are issued. `weights` is in registers, the other operands in shared memory.
     """
     if is_interpreted():
         ready()
         products = scores(query, key)
-        issued()
         return use(products), accumulate(acc, weights, value)
 
     def body(products_ref, acc_ref):
@@ -114,34 +120,45 @@ def scores_while_accumulating[R](
         ready()
         plgpu.wgmma(products_ref, query, key.transpose((1, 0)))
         plgpu.wgmma(acc_ref, weights, value)
-        issued()
         result = use(plgpu.wgmma_accumulator_load(products_ref, wait_n=1))
         # Keeps the compiler from moving this arithmetic behind the wait for the second product.
         result = lax.optimization_barrier(result)
         return lax.optimization_barrier((result, acc_ref[...]))
 
-    product_shape = (query.shape[0], key.shape[0])
-    return pl.run_scoped(body, plgpu.ACC(product_shape, jnp.float32), plgpu.ACC(acc.shape, jnp.float32))
+    return pl.run_scoped(body, _accumulator(query.shape[0], key.shape[0]), _accumulator(*acc.shape))
 
 
-def two_scores[R](key, query, value, d_out, *, use: Callable[[jax.Array], R]) -> tuple[R, jax.Array]:
-    """`use(key @ query.T)` and `value @ d_out.T` of tiles in shared memory, `use` running under the second product."""
+def two_scores[R](
+    key: Ref,
+    query: Ref,
+    value: Ref,
+    d_out: Ref,
+    *,
+    use: Callable[[jax.Array], R],
+    issued: Callable[[], None] | None = None,
+) -> tuple[R, jax.Array]:
+    """`use(key @ query.T)` and `value @ d_out.T` of tiles in shared memory, `use` running under the second product.
+
+    `issued` is called when both are in flight.
+    """
 
     def body(first, second):
         plgpu.wgmma(first, key, query.transpose((1, 0)))
         plgpu.wgmma(second, value, d_out.transpose((1, 0)))
+        if issued is not None:
+            issued()
         result = lax.optimization_barrier(use(plgpu.wgmma_accumulator_load(first, wait_n=1)))
         return lax.optimization_barrier((result, second[...]))
 
-    acc = plgpu.ACC((key.shape[0], query.shape[0]), jnp.float32)
+    acc = _accumulator(key.shape[0], query.shape[0])
     return pl.run_scoped(body, acc, acc)
 
 
 def accumulate_two_beside[R](
-    first: tuple[jax.Array, jax.Array, jax.Array],
-    second: tuple[jax.Array, jax.Array, jax.Array],
-    lefts: Sequence,
-    rights: Sequence,
+    first: tuple[jax.Array, jax.Array, Ref],
+    second: tuple[jax.Array, jax.Array, Ref],
+    lefts: Sequence[Ref],
+    rights: Sequence[Ref],
     *,
     use: Callable[[jax.Array], None],
 ) -> tuple[jax.Array, jax.Array]:
@@ -163,10 +180,10 @@ def accumulate_two_beside[R](
         return first_acc[...], second_acc[...]
 
     shapes = first[0].shape, second[0].shape, (lefts[0].shape[1], rights[0].shape[1])
-    return pl.run_scoped(body, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+    return pl.run_scoped(body, *(_accumulator(*shape) for shape in shapes))
 
 
-def sum_of_products(lefts: Sequence, rights: Sequence) -> jax.Array:
+def sum_of_products(lefts: Sequence[Ref], rights: Sequence) -> jax.Array:
     """The sum of `left.T @ right` over pairs of matrices in shared memory, waited for."""
 
     def body(acc):
@@ -174,10 +191,10 @@ def sum_of_products(lefts: Sequence, rights: Sequence) -> jax.Array:
             plgpu.wgmma(acc, left.transpose((1, 0)), right)
         return acc[...]
 
-    return pl.run_scoped(body, plgpu.ACC((lefts[0].shape[1], rights[0].shape[1]), jnp.float32))
+    return pl.run_scoped(body, _accumulator(lefts[0].shape[1], rights[0].shape[1]))
 
 
-def add_to_gmem(source, array, entry: tuple, first_row: jax.Array, num_rows: int) -> None:
+def add_to_gmem(source: Ref, array: Ref, entry: tuple, first_row: jax.Array, num_rows: int) -> None:
     """Adds a committed tile in shared memory to rows `first_row...` of `array.at[batch, rows, head, columns]`.
 
     The copy is asynchronous, a group of its own (`plgpu.wait_smem_to_gmem`). `num_rows`, all rows, divides by 8.

@@ -25,6 +25,7 @@ from .mosaic_gpu_primitives import (
     COLUMNS,
     ROWS,
     WARPGROUP_ROWS,
+    Ref,
     accumulate,
     across_columns,
     across_rows,
@@ -69,24 +70,24 @@ class _Tiles(NamedTuple):
     """Shared memory and barriers of one program: `row_*` the tiles it owns, `column_*` those that pass by."""
 
     # The tiles of both kinds, or after the last step the gradients on their way out.
-    tiles: jax.Array
-    statistics: jax.Array
-    row_ready: jax.Array
-    column_ready: jax.Array
-    column_free: jax.Array
-    gradient_ready: jax.Array
-    all_done: jax.Array
+    tiles: Ref
+    statistics: Ref
+    row_ready: Ref
+    column_ready: Ref
+    column_free: Ref
+    gradient_ready: Ref
+    all_done: Ref
 
     @property
-    def rows(self):
+    def rows(self) -> Ref:
         return self.tiles[0][0]
 
     @property
-    def columns(self):
+    def columns(self) -> Ref:
         return self.tiles[0][1]
 
     @property
-    def gradient(self):
+    def gradient(self) -> Ref:
         return self.tiles[1]
 
     @classmethod
@@ -193,7 +194,7 @@ def differentiate_keys(
     return _kernel(body, "ring_jax_attention_dkv", inputs, (gradient, gradient), scratch, grid)()
 
 
-def _copy_queries(block: _Block, inputs: BackwardInputs, scratch: _Tiles, place: tuple) -> None:
+def _copy_queries(block: _Block, inputs: Ref, scratch: _Tiles, place: tuple) -> None:
     batch, kv_head, _, walk = place
     steps = jnp.maximum(walk.steps, 1)
 
@@ -209,7 +210,7 @@ def _copy_queries(block: _Block, inputs: BackwardInputs, scratch: _Tiles, place:
     _pass_by(scratch, walk.steps * block.group, copy)
 
 
-def _accumulate_keys(block: _Block, inputs: BackwardInputs, scratch: _Tiles, place: tuple, *, is_key: bool):
+def _accumulate_keys(block: _Block, inputs: Ref, scratch: _Tiles, place: tuple, *, is_key: bool):
     """dK (without the scale) or dV of the program's keys, by one warpgroup."""
     batch, _, keys, walk = place
     shape = (WARPGROUP_ROWS, block.column_tile)
@@ -314,7 +315,7 @@ def differentiate_queries(
     return dq
 
 
-def _add_to_smem(buffer, gradient) -> None:
+def _add_to_smem(buffer: Ref, gradient: jax.Array) -> None:
     """Adds to a tile in shared memory, a few columns at a time to spare registers."""
     for first in range(0, buffer.shape[1], 32):
         part = buffer.at[:, pl.ds(first, 32)]
@@ -324,7 +325,7 @@ def _add_to_smem(buffer, gradient) -> None:
     plgpu.commit_smem()
 
 
-def _copy_keys(block: _Block, inputs: BackwardInputs, scratch: _Tiles, place: tuple) -> None:
+def _copy_keys(block: _Block, inputs: Ref, scratch: _Tiles, place: tuple) -> None:
     batch, head, _, walk = place
     kv_head = lax.div(head, jnp.int32(block.group))
 
@@ -337,7 +338,7 @@ def _copy_keys(block: _Block, inputs: BackwardInputs, scratch: _Tiles, place: tu
     _pass_by(scratch, walk.steps, copy)
 
 
-def _accumulate_queries(block: _Block, inputs: BackwardInputs, scratch: _Tiles, place: tuple, warpgroup):
+def _accumulate_queries(block: _Block, inputs: Ref, scratch: _Tiles, place: tuple, warpgroup):
     """dQ (without the scale) of the program's queries from every second key tile."""
     batch, head, queries, walk = place
     shape = (WARPGROUP_ROWS, block.column_tile)

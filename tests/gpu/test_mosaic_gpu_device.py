@@ -1,0 +1,84 @@
+"""The Mosaic GPU kernels on a Hopper GPU: `pytest -m gpu`, with `JAX_PLATFORMS=cuda`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ring_jax.kernels import mosaic_gpu
+from ring_jax.kernels.contract import AttentionState, BlockMask
+from ring_jax.kernels.reference import reference_attention, visible_pairs
+from tests.triton_cases import Case, arrays, blocks, failures
+
+pytestmark = pytest.mark.gpu
+
+BACKWARDS = {"fused": mosaic_gpu.backward, "deterministic": mosaic_gpu.deterministic_backward}
+CASES = [
+    Case(queries=512, keys=512, heads=2, kv_heads=2, head_dim=128),
+    Case(queries=1000, keys=777, heads=4, kv_heads=1, head_dim=128, has_segments=True, batch=2),
+    Case(dtype="float16", queries=640, keys=1024, heads=8, kv_heads=2, head_dim=64, shuffled=True),
+    Case(queries=1024, keys=513, heads=2, kv_heads=2, head_dim=256),
+    Case(dtype="float16", queries=384, keys=384, heads=3, kv_heads=3, head_dim=96, is_causal=False),
+    Case(queries=257, keys=1, heads=2, kv_heads=1, head_dim=80),
+    Case(queries=1, keys=300, heads=1, kv_heads=1, head_dim=32, is_causal=False),
+    Case(queries=1536, keys=1536, heads=2, kv_heads=1, head_dim=64, has_segments=True, shuffled=True),
+]
+
+
+@pytest.mark.parametrize("backward", BACKWARDS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_device_agrees_with_the_oracle(case, backward):
+    run = jax.jit(lambda data: blocks(case)(mosaic_gpu.forward, BACKWARDS[backward], data))
+    found = run(arrays(case))
+    assert failures(case, {name: np.asarray(value) for name, value in found.items()}) == []
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_two_runs_give_identical_bits(head_dim):
+    case = Case(queries=2048, keys=2048, heads=8, kv_heads=2, head_dim=head_dim)
+    run = jax.jit(lambda data: blocks(case)(mosaic_gpu.forward, mosaic_gpu.deterministic_backward, data))
+    first, second = run(arrays(case)), run(arrays(case))
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+
+
+@pytest.mark.parametrize("length", [200, 203])
+def test_nan_beyond_the_tail_stays_there(length):
+    """The rows that a tile reads past the end of one sequence are the next sequence's, and those are NaN here."""
+    case = Case(batch=2, queries=length, keys=length, heads=2, kv_heads=2, head_dim=128)
+    data = arrays(case)
+    for name in ("query", "key", "value", "d_out"):
+        data[name][1] = np.nan
+    found = jax.jit(lambda data: blocks(case)(mosaic_gpu.forward, mosaic_gpu.backward, data))(data)
+    for name, value in found.items():
+        value = np.asarray(value)[0]
+        # Rows that see no key have the lse -inf.
+        assert (np.isfinite(value) | np.isneginf(value)).all(), name
+
+
+def test_arrays_past_two_to_the_31_elements():
+    num_queries, num_keys, heads, head_dim = 2**19 + 64, 256, 32, 128
+    keys = jax.random.split(jax.random.key(0), 4)
+    query = jax.random.normal(keys[0], (1, num_queries, heads, head_dim), jnp.bfloat16)
+    key, value = (jax.random.normal(k, (1, num_keys, 8, head_dim), jnp.bfloat16) for k in keys[1:3])
+    assert query.size > 2**31
+    k_positions = jnp.arange(num_keys, dtype=jnp.int32)
+    mask = BlockMask(jnp.arange(num_queries, dtype=jnp.int32), k_positions, None, None, is_causal=True)
+
+    @jax.jit
+    def both(query, key, value):
+        state = AttentionState(
+            jnp.zeros(query.shape, jnp.float32), jnp.full((1, heads, num_queries), -jnp.inf, jnp.float32)
+        )
+        state = mosaic_gpu.forward(query, key, value, state, mask, scale=head_dim**-0.5)
+        delta = jnp.sum(query.astype(jnp.float32) * state.output, axis=-1).swapaxes(1, 2)
+        dq = jnp.zeros(query.shape, jnp.float32)
+        gradients = mosaic_gpu.backward(query, key, value, query, state.lse, delta, dq, mask, scale=head_dim**-0.5)
+        return state.output[:, -100:], gradients.dq[:, -100:]
+
+    output, dq = both(query, key, value)
+    last = np.asarray(query[:, -100:])
+    visible = visible_pairs(np.arange(num_keys, num_keys + 100), np.arange(num_keys), is_causal=True)
+    want = reference_attention(last, np.asarray(key), np.asarray(value), visible, d_out=last)
+    for found, exact in ((output, want.output), (dq, want.dq)):
+        assert np.abs(np.asarray(found) - exact).max() < 1e-2 * np.abs(exact).max()
