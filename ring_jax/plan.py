@@ -141,9 +141,9 @@ def main(args: Sequence[str] | None = None) -> int:
     """Prints a plan; returns the exit status: 0 even where the step does not fit, 1 if it cannot be compiled, 2 for
     the user's mistakes."""
     config = tyro.cli(PlanConfig, prog=COMMAND, args=args)
-    # The planner compiles and runs nothing: a GPU of this machine is left alone, and XLA's remarks are not for users.
+    # Nothing is run: a GPU of this machine is left alone, and XLA's remarks on the program are not for users.
     jax.config.update("jax_platforms", "cpu")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     quiet_cuda_plugin()
     try:
         plans = plan(config, Console(stderr=True))

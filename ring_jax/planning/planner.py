@@ -100,7 +100,8 @@ def longest(plan_at: Callable[[int], Plan], granule: int, start: int, progress: 
         length = _next_length(tried, granule)
     fitting = [length for length, plan in tried.items() if plan.fits]
     if not fitting:
-        raise ValueError(f"not even {granule:,} tokens fit: {min(tried.values(), key=lambda p: p.headroom).headroom:,}")
+        least = min(plan.peak_memory_bytes for plan in tried.values())
+        raise ValueError(f"not even {granule:,} tokens fit: they need {least / 1e9:.1f} GB; use more GPUs or --offload")
     return tried[max(fitting)]
 
 
@@ -109,25 +110,38 @@ def _is_full(plan: Plan) -> bool:
 
 
 def _next_length(tried: dict[int, Plan], granule: int) -> int:
-    """Where device or host memory would be just full, from the two lengths nearest to it."""
+    """Where device or host memory would be just full, by the lengths already compiled."""
     nearest = sorted(tried, key=lambda length: abs(tried[length].headroom))[:2]
     if len(nearest) == 1:
-        return max(granule, nearest[0] * 2 if tried[nearest[0]].fits else nearest[0] // 2 // granule * granule)
-    short, long = sorted(nearest)
-    limits = [_crossing(short, long, [tried[length].headroom for length in (short, long)])]
-    limits.append(_crossing(short, long, [tried[n].host_memory - tried[n].host_bytes for n in (short, long)]))
+        plan = tried[nearest[0]]
+        limits = [
+            nearest[0]
+            * (plan.cluster.usable_memory - _fixed_bytes(plan))
+            / (plan.peak_memory_bytes - _fixed_bytes(plan))
+        ]
+    else:
+        limits = [_crossing(nearest[0], nearest[1], [tried[length].headroom for length in nearest])]
+    plan = tried[nearest[0]]
+    if plan.host_bytes:
+        limits.append(nearest[0] * plan.host_memory / plan.host_bytes)
     # A little less than the line says: what XLA needs is not quite a line.
-    length = int(0.99 * min(limits)) // granule * granule
+    length = max(granule, int(0.995 * min(limits)) // granule * granule)
     fitting = max((n for n, plan in tried.items() if plan.fits), default=0)
     too_long = min((n for n, plan in tried.items() if not plan.fits), default=None)
-    if too_long is not None and length >= too_long:
-        length = (fitting + too_long) // 2 // granule * granule
-    return max(granule, length, fitting)
+    if length <= fitting or (too_long is not None and length >= too_long):
+        length = (fitting + too_long) // 2 if too_long is not None else fitting + granule
+    return max(granule, length // granule * granule)
 
 
-def _crossing(short: int, long: int, left: Sequence[int]) -> float:
-    slope = (left[1] - left[0]) / (long - short)
-    return float("inf") if slope >= 0 else short - left[0] / slope
+def _fixed_bytes(plan: Plan) -> int:
+    """Device memory that does not depend on the length."""
+    fixed = ("parameters", "optimizer", "gradients", "gathered weights")
+    return sum(plan.memory.parts[part] for part in fixed)
+
+
+def _crossing(one: int, other: int, left: Sequence[int]) -> float:
+    slope = (left[1] - left[0]) / (other - one)
+    return float("inf") if slope >= 0 else one - left[0] / slope
 
 
 def meshes(num_gpus: int, batch: int, num_kv_heads: int) -> list[dict[str, int]]:

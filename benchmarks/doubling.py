@@ -1,0 +1,97 @@
+"""Twice the GPUs at the same length: does the activation memory halve? Planned by compile, no GPU needed.
+
+    python -m benchmarks.doubling --out benchmarks/results
+
+Activation memory is what grows with the tokens of a GPU: what remat saves and the attention working set, at the peak of
+the bare operation, and what remat saves in a training step.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import matplotlib.pyplot as plt
+import tyro
+from rich.console import Console
+
+from ring_jax.mesh import quiet_cuda_plugin
+from ring_jax.planning import Cluster, Plan, Workload, find_model, make_plan
+from ring_jax.training.config import parse_seq_len
+
+MAX_DEVIATION = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Compile one length on 8, 16, 32 ... GPUs."""
+
+    seq_len: str = "1M"
+    gpus: tuple[int, ...] = (8, 16, 32, 64)
+    gpu: str = "h100"
+    model: str = "llama3-8b"
+    """A preset, or attention."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Where to write doubling-MODEL.json and .png. None: print only."""
+
+
+def activation_bytes(plan: Plan) -> int:
+    """Memory of one GPU that is proportional to its tokens."""
+    parts = plan.memory.parts
+    if plan.workload.is_attention:
+        return plan.peak_memory_bytes - parts["other"] - parts["between buffers"]
+    return parts["saved activations"]
+
+
+def ratios(sizes: Sequence[int]) -> list[float]:
+    """Each size over half of the one before: 1 where doubling halves."""
+    return [2 * after / before for before, after in itertools.pairwise(sizes)]
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Prints the sizes and writes the chart."""
+    config = tyro.cli(Config, args=args)
+    jax.config.update("jax_platforms", "cpu")
+    quiet_cuda_plugin()
+    console = Console(highlight=False)
+    seq_len = parse_seq_len(config.seq_len)
+    model = find_model(config.model, heads="32/32", head_dim=128, remat="layer", offload=False)
+    workload = Workload(name=config.model, model=model, seq_len=seq_len)
+    sizes = []
+    for count in config.gpus:
+        with console.status(f"compiling {config.model} on {count} GPUs ..."):
+            cluster = Cluster.of(config.gpu, f"seq={count}")
+            plan = make_plan(workload, cluster, host_memory=int(2e12), progress=lambda text: None)
+        sizes.append(activation_bytes(plan))
+        console.print(
+            f"{count:4d} GPUs: {sizes[-1] / 1e9:.3f} GB of activations, peak {plan.peak_memory_bytes / 1e9:.2f}"
+        )
+    found = ratios(sizes)
+    worst = max(abs(ratio - 1) for ratio in found)
+    verdict = "halves" if worst <= MAX_DEVIATION else "does NOT halve"
+    console.print(f"doubling {verdict}: within {worst:.2%} (limit {MAX_DEVIATION:.0%})")
+    if config.out is not None:
+        _write(config, sizes, found)
+
+
+def _write(config: Config, sizes: Sequence[int], found: Sequence[float]) -> None:
+    assert config.out is not None
+    config.out.mkdir(parents=True, exist_ok=True)
+    content = dict(zip(("gpus", "activation_bytes", "ratio_to_half"), (config.gpus, sizes, found), strict=True))
+    path = config.out / f"doubling-{config.model}.json"
+    path.write_text(json.dumps({"model": config.model, "seq_len": config.seq_len, **content}) + "\n", encoding="utf-8")
+    figure, ax = plt.subplots(figsize=(5, 4), layout="constrained")
+    ax.loglog(config.gpus, [size / 1e9 for size in sizes], "o-", base=2, label="planned")
+    ideal = [sizes[0] / 1e9 * config.gpus[0] / count for count in config.gpus]
+    ax.loglog(config.gpus, ideal, "k--", base=2, label="halving exactly")
+    ax.set(xlabel="GPUs", ylabel="activations per GPU, GB", title=f"{config.model}, {config.seq_len} tokens")
+    ax.legend()
+    figure.savefig(path.with_suffix(".png"), dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

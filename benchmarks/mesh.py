@@ -1,0 +1,174 @@
+"""Every mesh and layout of a model on the devices at hand: speed, and memory measured beside planned.
+
+    python -m benchmarks.mesh --model tiny --seq-len 4K --out benchmarks/results
+
+Runs the trainer's own step on random tokens. Without a GPU it runs on 8 virtual CPU devices: that shows that every mesh
+works and how memory divides, and says nothing about speed on a cluster, which the output says too.
+"""
+
+import dataclasses
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from ring_jax import LAYOUTS, STRATEGIES
+from ring_jax.data import Batch
+from ring_jax.mesh import format_mesh, make_mesh, quiet_cuda_plugin
+from ring_jax.modules import AttentionOptions
+from ring_jax.planning.hardware import DATASHEETS
+from ring_jax.planning.memory import peak_bytes
+from ring_jax.planning.planner import meshes
+from ring_jax.planning.timing import model_flops
+from ring_jax.planning.workload import Workload
+from ring_jax.presets import find_preset
+from ring_jax.training.config import parse_seq_len
+from ring_jax.training.optimizer import OptimizerConfig
+from ring_jax.training.step import StepConfig, TrainStep
+
+from .timing import environment
+
+CPU_DEVICES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Time the training step on every data x seq x tensor mesh of the devices at hand."""
+
+    model: str = "tiny"
+    seq_len: str = "4K"
+    batch: int = 2
+    remat: str = "attention"
+    layouts: tuple[str, ...] = LAYOUTS
+    strategies: tuple[str, ...] = STRATEGIES
+    steps: int = 5
+    """Timed steps, after one that is not."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Where to write mesh-MODEL.json and .png. None: print only."""
+
+
+def configurations(config: Config, num_devices: int) -> Iterator[tuple[dict[str, int], AttentionOptions]]:
+    """Every mesh with every layout and strategy; a ring of one has only one layout."""
+    kv_heads = find_preset(config.model).num_kv_heads
+    assert kv_heads is not None
+    for shape in meshes(num_devices, config.batch, kv_heads):
+        for layout in config.layouts if shape["seq"] > 1 else config.layouts[:1]:
+            for strategy in config.strategies:
+                yield shape, AttentionOptions(layout=layout, strategy=strategy)
+
+
+def measure(config: Config, shape: dict[str, int], attention: AttentionOptions) -> dict[str, Any]:
+    """One row: median seconds of a step, tokens/s, planned and (on GPUs) measured bytes of the fullest device."""
+    on_gpu = jax.devices()[0].platform == "gpu"
+    seq_len = parse_seq_len(config.seq_len)
+    dtype = "bfloat16" if on_gpu else "float32"
+    model = dataclasses.replace(find_preset(config.model), dtype=dtype, remat=config.remat, attention=attention)
+    step = TrainStep(StepConfig(model, OptimizerConfig(), make_mesh(shape), seq_len, config.batch, config.steps + 1))
+    run = step.lower().compile()
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (config.batch, seq_len), np.int32)
+    batch = step.place(Batch(tokens, np.roll(tokens, -1, axis=1), np.ones_like(tokens)))
+    state, seconds, loss = step.init(0), [], float("nan")
+    for _ in range(config.steps + 1):
+        began = time.perf_counter()
+        state, metrics = run(state, batch)
+        loss = float(metrics.loss)
+        seconds.append(time.perf_counter() - began)
+    if not np.isfinite(loss):
+        raise RuntimeError(f"the loss on {format_mesh(shape)} is {loss}: its time means nothing")
+    median = statistics.median(seconds[1:])
+    row = {
+        "mesh": format_mesh(shape),
+        "layout": attention.layout,
+        "strategy": attention.strategy,
+        "step_seconds": median,
+        "tokens_per_second": tokens.size / median,
+        "planned_bytes": peak_bytes(run.memory_analysis()),
+        "measured_bytes": max(d.memory_stats()["peak_bytes_in_use"] for d in jax.devices()) if on_gpu else None,
+        "mfu": None,
+    }
+    sheet = next((s for s in DATASHEETS.values() if s.name.split()[1] in jax.devices()[0].device_kind.split()), None)
+    if on_gpu and sheet:
+        workload = Workload(name=config.model, model=model, seq_len=seq_len, batch=config.batch)
+        row["mfu"] = model_flops(workload) / median / len(jax.devices()) / sheet.bf16_flops
+    return row
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Prints the table and writes the files."""
+    config = tyro.cli(Config, args=args)
+    console = Console(highlight=False)
+    about, num_devices = _alone(_look_round)
+    if "note" in about:
+        console.print(about["note"])
+    rows = []
+    for shape, attention in configurations(config, num_devices):
+        with console.status(f"{format_mesh(shape)} {attention.layout} ..."):
+            rows.append(_alone(measure, config, shape, attention))
+    console.print(_table(config, rows))
+    if config.out is not None:
+        _write(config, about, rows)
+
+
+def _alone[R](fn: Callable[..., R], *args: Any) -> R:
+    """`fn(*args)` in a process of its own: a GPU's peak memory counts from the start of a process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_set_up) as pool:
+        return pool.submit(fn, *args).result()
+
+
+def _set_up() -> None:
+    quiet_cuda_plugin()
+    jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
+
+
+def _look_round() -> tuple[dict[str, str], int]:
+    about = environment()
+    if jax.devices()[0].platform == "cpu":
+        about["note"] = f"{CPU_DEVICES} virtual CPU devices of one machine: speeds say nothing about a cluster"
+    return about, len(jax.devices())
+
+
+def _table(config: Config, rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=f"{config.model}, {config.batch} x {config.seq_len} tokens, remat {config.remat}")
+    columns = ("mesh", "layout", "strategy", "step, s", "tokens/s", "planned, MB", "measured, MB", "MFU")
+    for column in columns:
+        table.add_column(column)
+    for row in sorted(rows, key=lambda row: row["step_seconds"]):
+        measured = "-" if row["measured_bytes"] is None else f"{row['measured_bytes'] / 1e6:,.1f}"
+        table.add_row(
+            row["mesh"],
+            row["layout"],
+            row["strategy"],
+            f"{row['step_seconds']:.3f}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['planned_bytes'] / 1e6:,.1f}",
+            measured,
+            "-" if row["mfu"] is None else f"{row['mfu']:.1%}",
+        )
+    return table
+
+
+def _write(config: Config, about: dict[str, str], rows: list[dict[str, Any]]) -> None:
+    assert config.out is not None
+    config.out.mkdir(parents=True, exist_ok=True)
+    path = config.out / f"mesh-{config.model}.json"
+    path.write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    figure, ax = plt.subplots(figsize=(7, 1 + 0.3 * len(rows)), layout="constrained")
+    ax.barh([f"{row['mesh']} {row['layout']}" for row in rows], [row["tokens_per_second"] for row in rows])
+    ax.set(xlabel="tokens/s", title=f"{config.model} on {about['device']} devices")
+    figure.savefig(path.with_suffix(".png"), dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
