@@ -105,7 +105,7 @@ def ring_attention(
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown strategy {strategy!r}: choose one of {', '.join(STRATEGIES)}")
-    query, key, value = (jnp.asarray(x) for x in (query, key, value))
+    query, key, value = (x if isinstance(x, jax.Array) else jnp.asarray(x) for x in (query, key, value))
     axes = _find_axes(_untyped(mesh, query, key, value), seq_axis, batch_axis, head_axis)
     _check_arrays(query, key, value, segment_ids)
     check_layout(layout, query.shape[1], axes.size(axes.seq))
@@ -205,19 +205,41 @@ class _Axes:
         return _target(self.mesh)
 
     def place(self, x: Array | None, spec: PartitionSpec) -> Array | None:
-        """`x` laid out by `spec`: moved there outside `jit`, constrained inside."""
+        """`x` laid out by `spec`: moved to the mesh if it is elsewhere, resharded where its type says how it lies."""
         if x is None:
             return None
         on_mesh = jax.typeof(x).sharding.mesh
+        if on_mesh.empty or not isinstance(x, jax.core.Tracer):
+            x = _move(x, spec if self.is_context else NamedSharding(self.mesh, spec))
+        on_mesh = jax.sharding.get_abstract_mesh() if self.is_context else on_mesh
         explicit = _explicit_axes(on_mesh)
-        if not isinstance(x, jax.core.Tracer) or not self.is_context or on_mesh.empty:
-            return jax.device_put(x, spec if self.is_context else NamedSharding(self.mesh, spec))
-        if not explicit:
-            # Inside `jax.sharding.auto_axes`, `device_put` would give cotangents the Explicit type of the mesh around.
-            return lax.with_sharding_constraint(x, spec)
+        if not explicit or not isinstance(x, jax.core.Tracer):
+            return x
         # Explicit axes are part of the array's type, which only `reshard` gives back to its cotangent.
         named = [tuple(axis for axis in _names(names) if axis in explicit) or None for names in spec]
-        return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*named)))
+        return jax.sharding.reshard(x, NamedSharding(on_mesh, PartitionSpec(*named)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _move(x: Array, sharding: NamedSharding | PartitionSpec) -> Array:
+    """Moves an array from outside `jit` to the mesh; inside, `shard_map` says how it must lie.
+
+    As a `custom_vjp` it sees the array itself under `jax.grad` too, and `jax.vmap` need not know what `sharding` means
+    for its dim.
+    """
+    return x if isinstance(x, jax.core.Tracer) else jax.device_put(x, sharding)
+
+
+def _move_forward(x: Array, sharding: NamedSharding | PartitionSpec) -> tuple[Array, Array | None]:
+    return _move(x, sharding), None if isinstance(x, jax.core.Tracer) else x
+
+
+def _move_backward(sharding: NamedSharding | PartitionSpec, x: Array | None, cotangent: Array) -> tuple[Array]:
+    del sharding
+    return (cotangent if x is None else jax.device_put(cotangent, x.sharding),)
+
+
+_move.defvjp(_move_forward, _move_backward)
 
 
 @functools.lru_cache(maxsize=256)
