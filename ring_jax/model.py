@@ -105,13 +105,15 @@ class Transformer(nnx.Module):
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         """Creates the parameters, in `config.param_dtype`."""
         self.config = config
+        # Layers add outputs of order 1: an embedding much smaller would drown in the mean over a long context that
+        # attention starts as, and tokens would all look alike. A tied one also makes logits and must stay small.
         table_init = nnx.initializers.normal(0.02)
         self.embedding = nnx.Embed(
             config.vocab_size,
             config.model_dim,
             dtype=jnp.dtype(config.dtype),
             param_dtype=jnp.dtype(config.param_dtype),
-            embedding_init=table_init,
+            embedding_init=table_init if config.tie_embeddings else nnx.initializers.normal(1.0),
             rngs=rngs,
         )
         self.layers = _stacked_layers(config, rngs)

@@ -6,7 +6,7 @@ from .model import TransformerConfig
 PRESETS = {
     # For two CPU cores. At 16K tokens of context a step's time is that of attention, so it has one layer and one head.
     "tiny": TransformerConfig(
-        vocab_size=VOCAB_SIZE, model_dim=256, num_layers=1, num_heads=1, head_dim=64, mlp_dim=512
+        vocab_size=VOCAB_SIZE, model_dim=128, num_layers=1, num_heads=1, head_dim=64, mlp_dim=384
     ),
     "small": TransformerConfig(
         vocab_size=VOCAB_SIZE, model_dim=512, num_layers=8, num_heads=8, num_kv_heads=2, mlp_dim=1536

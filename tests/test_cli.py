@@ -32,11 +32,11 @@ DEFAULTS = {
 }
 OPTIMIZER_DEFAULTS = {
     "learning_rate": None,
-    "warmup": 5,
+    "warmup": 10,
     "min_learning_rate": 0.1,
     "weight_decay": 0.1,
-    "beta1": 0.8,
-    "beta2": 0.9,
+    "beta1": 0.9,
+    "beta2": 0.95,
     "clip": 1.0,
 }
 

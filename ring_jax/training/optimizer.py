@@ -15,17 +15,17 @@ class OptimizerConfig:
     """AdamW (arXiv:1711.05101) with linear warmup, then cosine decay."""
 
     learning_rate: Annotated[float | None, _LEARNING_RATE] = None
-    """Peak learning rate. The default is 4e-3 for tiny and 2.4e-4 for llama3-8b."""
-    warmup: int = 5
+    """Peak learning rate. The default is 8e-3 for tiny and 2.4e-4 for llama3-8b."""
+    warmup: int = 10
     """Steps until the learning rate has risen to its peak; at most half of all steps."""
     min_learning_rate: float = 0.1
     """Learning rate of the last step, as a fraction of the peak."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices; norms have none."""
-    beta1: float = 0.8
-    """Decay of the running mean of gradients. Runs of many thousand steps usually take 0.9."""
-    beta2: float = 0.9
-    """Decay of the running mean of squared gradients. Runs of many thousand steps usually take 0.95."""
+    beta1: float = 0.9
+    """Decay of the running mean of gradients."""
+    beta2: float = 0.95
+    """Decay of the running mean of squared gradients."""
     clip: float = 1.0
     """Largest norm of the whole gradient; a larger one is scaled down to it."""
 
