@@ -33,8 +33,8 @@ class Options:
     compute_capability: tuple[int, ...] = (80, 90)
     dtype: tuple[Literal["bfloat16", "float16", "float32"], ...] = ("bfloat16",)
     head_dim: tuple[int, ...] = _HEAD_DIMS
-    segments: bool = True
-    """Whether to compile the variants for packed documents too."""
+    documents: tuple[bool, ...] = (False, True)
+    """Without and with segment ids."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ def main(options: Options) -> int:
     for capability in options.compute_capability:
         for dtype in options.dtype:
             for head_dim in options.head_dim:
-                for has_segments in (False, True) if options.segments else (False,):
+                for has_segments in options.documents:
                     variant = f"sm_{capability} {dtype} H={head_dim} causal GQA" + " documents" * has_segments
                     for use in kernel_usage(capability, dtype, head_dim, has_segments):
                         fits = not use.spills and use.shared <= SHARED_MEMORY[capability]

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Float32
 
 from .contract import AttentionState, BlockMask, Gradients
 from .tiles import TileRanges, key_ranges, query_ranges
-from .triton_tiles import MAX_PADDED_HEAD_DIM, Tile, Tiles, choose_tiles, padded_head_dim
+from .triton_tiles import MAX_PADDED_HEAD_DIM, Tile, Tiles, choose_tiles, padded_head_dim, use_copy_engine
 
 OLDEST_COMPUTE_CAPABILITY = 80
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -181,7 +181,7 @@ class _Block:
 
         mask, (batch, num_queries, _, head_dim) = self.mask, self.query.shape
         sources = [(self.query, tile.q), (self.key, tile.k), (self.value, tile.k), *((x, tile.q) for x in rows[:1])]
-        use_tma = _use_tma(self.compute_capability, head_dim, self.query.dtype.itemsize)
+        use_tma = use_copy_engine(self.compute_capability, self.query.dtype.itemsize, head_dim)
         num_tiles = ranges.start.shape[1]
         arguments: dict[str, Any] = dict(
             num_queries=num_queries,
@@ -216,14 +216,6 @@ class _Block:
             backend_options=dict(ptx_version=_PTX_VERSION, enable_fp_fusion=True),
             **arguments,
         )
-
-
-def _use_tma(capability: int, head_dim: int, itemsize: int) -> bool:
-    """Whether Hopper's copy engine loads the tiles: it wants rows of whole 16-byte units.
-
-    Products in true float32 read their operands through registers and gain nothing from it.
-    """
-    return capability >= 90 and itemsize == 2 and head_dim * itemsize % 16 == 0
 
 
 def _descriptor(array: Array, rows: int) -> Any:

@@ -37,16 +37,21 @@ class Tiles:
 
 MAX_PADDED_HEAD_DIM = 256
 
-# Padded head dim -> tiles. Ampere's A100 (sm_80): 163 KiB of shared memory per block. mma.sync keeps its operands in
+# Compute capabilities whose asynchronous matrix units read from shared memory: Hopper and datacenter Blackwell.
+_ASYNC = (90, 100, 103)
+
+# Largest head dim -> tiles. Ampere's A100 (sm_80): 163 KiB of shared memory per block. mma.sync keeps its operands in
 # registers, so these are the largest tiles that do not spill.
 _SM_80 = {
     64: Tiles(forward=Tile(128, 64, 4, 3), dq=Tile(64, 32, 4, 3), dkv=Tile(64, 128, 8, 2)),
+    96: Tiles(forward=Tile(128, 32, 8, 3), dq=Tile(64, 64, 8, 2), dkv=Tile(64, 64, 8, 2)),
     128: Tiles(forward=Tile(128, 64, 8, 2), dq=Tile(64, 64, 8, 2), dkv=Tile(64, 64, 8, 2)),
     256: Tiles(forward=Tile(64, 64, 8, 2), dq=Tile(64, 32, 8, 2), dkv=Tile(32, 64, 8, 1)),
 }
 # Consumer and inference Ampere and Ada (sm_86, sm_89), and consumer Blackwell: 99 KiB of shared memory per block.
 _SM_86 = {
-    64: _SM_80[64],
+    64: Tiles(forward=Tile(128, 32, 4, 3), dq=Tile(64, 32, 4, 3), dkv=Tile(64, 128, 8, 2)),
+    96: _SM_80[96],
     128: _SM_80[128],
     256: Tiles(forward=Tile(64, 32, 8, 2), dq=Tile(64, 32, 8, 1), dkv=Tile(16, 64, 8, 2)),
 }
@@ -74,10 +79,20 @@ def padded_head_dim(head_dim: int) -> int:
 
 def choose_tiles(compute_capability: int, itemsize: int, head_dim: int) -> Tiles:
     """Launch shapes for a GPU (`compute_capability` 80, 86, 89, 90, ...), bytes per input element, and head dim."""
-    row = max(64, padded_head_dim(head_dim))
-    assert row <= MAX_PADDED_HEAD_DIM
+    assert head_dim <= MAX_PADDED_HEAD_DIM
     if itemsize == 4:
-        return _FLOAT32[row]
-    if compute_capability == 80:
-        return _SM_80[row]
-    return _SM_90[row] if compute_capability in (90, 100, 103) else _SM_86[row]
+        table = _FLOAT32
+    elif compute_capability == 80:
+        table = _SM_80
+    else:
+        table = _SM_90 if compute_capability in _ASYNC else _SM_86
+    return table[min(limit for limit in table if head_dim <= limit)]
+
+
+def use_copy_engine(compute_capability: int, itemsize: int, head_dim: int) -> bool:
+    """Whether the copy engine (TMA) loads the tiles: it wants rows of whole 16-byte units.
+
+    It fills shared memory. Products in true float32, and those of mma.sync, read their operands through registers and
+    are better served by ordinary loads (consumer Blackwell, sm_120, has the engine but then spills kilobytes).
+    """
+    return compute_capability in _ASYNC and itemsize == 2 and head_dim * itemsize % 16 == 0

@@ -62,12 +62,13 @@ def test_what_lies_beyond_a_tail_never_reaches_a_result(interpreter, capability)
 
 @pytest.mark.parametrize("capability", [80, 86, 90])
 def test_registers_and_shared_memory(capability, capsys):
-    """The compiler's report for every variant in the tables. Needs ptxas, as the CUDA extras bring it."""
+    """The compiler's report for the tables, with all kinds of masks. Needs ptxas, as the CUDA extras bring it."""
     command = [sys.executable, "-m", "benchmarks.registers", "--compute-capability", str(capability)]
+    command += ["--head-dim", "64", "128", "256", "--documents", "True"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     lines = [line for line in run.stdout.splitlines() if line.startswith("sm_")]
-    assert len(lines) == 4 * 2 * 3, run.stdout + run.stderr
+    assert len(lines) == 3 * 3, run.stdout + run.stderr
     with capsys.disabled():
         print("\n" + run.stdout)
     for line in lines:
@@ -81,9 +82,7 @@ def _tolerated_spills(capability: int, variant: str, kernel: str) -> int:
     """Bytes a thread may spill (stores and loads together) in a variant that is the fastest measured all the same."""
     if capability == 90 and "H=256" in variant:
         return 600
-    if capability == 90 and "H=64" not in variant and kernel == "dkv_kernel":
-        return 300
-    return 100 if "H=96" in variant or "H=64" in variant else 0
+    return 300 if capability == 90 and "H=64" not in variant and kernel == "dkv_kernel" else 0
 
 
 @pytest.mark.parametrize("gpu", ["a100-80gb", "h100"])
