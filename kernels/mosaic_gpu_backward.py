@@ -151,11 +151,20 @@ class _Program:
         """The keys that a warpgroup holds."""
         return pl.ds((self.key_tile * _COMPUTE_WARPGROUPS + warpgroup) * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
-    def queries(self, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Query head and first query of a step; the group's heads come one after the other."""
-        steps = jnp.maximum(self.walk.steps, 1)
-        tile = self.walk.tile(lax.rem(step, steps))
-        return self.kv_head * self.block.group + lax.div(step, steps), tile * self.block.config.q_tile
+    @property
+    def partial_steps(self) -> jax.Array:
+        """How many of the steps, the first ones, need the mask."""
+        return self.walk.partial * self.block.group
+
+    def place(self, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Query head and query tile of a step: the partial tiles of all heads of the group, then their full ones."""
+        if self.block.group == 1:
+            return self.kv_head, self.walk.tile(step)
+        is_partial = step < self.partial_steps
+        index = jnp.where(is_partial, step, step - self.partial_steps)
+        tiles = jnp.maximum(jnp.where(is_partial, self.walk.partial, self.walk.steps - self.walk.partial), 1)
+        tile_step = lax.rem(index, tiles) + jnp.where(is_partial, 0, self.walk.partial)
+        return self.kv_head * self.block.group + lax.div(index, tiles), self.walk.tile(tile_step)
 
     def slot(self, step: jax.Array) -> jax.Array:
         return lax.rem(step, jnp.int32(self.block.config.stages))
@@ -192,8 +201,9 @@ class _Program:
         def _copy_tiles(step):
             slot = self.slot(step)
             pl.when(step >= self.block.config.stages)(lambda: plgpu.barrier_wait(scratch.tiles_free.at[slot]))
-            head, first = self.queries(step)
-            rows, ready = pl.ds(first, self.block.config.q_tile), scratch.query_ready.at[slot]
+            head, tile = self.place(step)
+            rows = pl.ds(tile * self.block.config.q_tile, self.block.config.q_tile)
+            ready = scratch.query_ready.at[slot]
             plgpu.copy_gmem_to_smem(inputs.query.at[self.batch, rows, head], scratch.query.at[slot], ready)
             plgpu.copy_gmem_to_smem(inputs.lse.at[self.batch, head, rows], scratch.statistics.at[slot, 0], ready)
             ready = scratch.d_out_ready.at[slot]
@@ -237,7 +247,11 @@ class _Worker:
         plgpu.barrier_wait(scratch.key_ready.at[self.warpgroup])
         zero = full((WARPGROUP_ROWS, program.block.head_dim), 0)
         pl.when(self.warpgroup == 1)(self.give_turn)
-        gradients = lax.fori_loop(0, program.block.group, self.all_tiles, (zero, zero))
+        carry = _Carry(zero, zero, jnp.int32(0), jnp.int32(0))
+        carry = lax.fori_loop(0, program.partial_steps, lambda i, c: self.step(i, c, is_partial=True), carry)
+        carry = lax.fori_loop(
+            program.partial_steps, program.steps, lambda i, c: self.step(i, c, is_partial=False), carry
+        )
         pl.when(program.steps > 0)(self.give_turn)
         pl.when(self.warpgroup == 0)(self.take_turn)
 
@@ -247,34 +261,27 @@ class _Worker:
             plgpu.barrier_wait(scratch.d_scores_ready.at[slot])
             product = sum_of_products(*self.d_query_factors(slot))
             plgpu.barrier_arrive(scratch.d_scores_free.at[slot])
-            self.add_d_query(program.steps - 1, product)
+            self.add_d_query(carry, product)
 
         program.wait_for_last(scratch.d_scores_free)
         # The other warpgroup may still be reading the tiles that the gradients go out through.
         plgpu.barrier_arrive(scratch.all_done)
         plgpu.barrier_wait(scratch.all_done)
         buffer = scratch.gradient.at[self.warpgroup]
-        for target, gradient in ((dv, gradients[1]), (dk, gradients[0] * program.block.scale)):
+        for target, gradient in ((dv, carry.dv), (dk, carry.dk * program.block.scale)):
             buffer[...] = gradient
             plgpu.commit_smem()
             where = (program.batch, program.keys(self.warpgroup), program.kv_head)
             plgpu.copy_smem_to_gmem(buffer, target.at[where])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    def all_tiles(self, head: jax.Array, carry: tuple) -> tuple:
-        """`carry`, dK and dV so far, after all query tiles of one head of the group."""
-        walk = self.program.walk
-        carry = lax.fori_loop(0, walk.partial, lambda i, c: self.step(i, head, c, is_partial=True), carry)
-        return lax.fori_loop(walk.partial, walk.steps, lambda i, c: self.step(i, head, c, is_partial=False), carry)
-
-    def step(self, tile_step: jax.Array, head: jax.Array, carry: tuple, *, is_partial: bool) -> tuple:
+    def step(self, step: jax.Array, carry: "_Carry", *, is_partial: bool) -> "_Carry":
         program, block, scratch = self.program, self.program.block, self.program.scratch
-        step = head * program.walk.steps + tile_step
         slot, last_slot = program.slot(step), program.slot(step + block.config.stages - 1)
         query, d_out = scratch.query.at[slot], scratch.d_out.at[slot]
         plgpu.barrier_wait(scratch.query_ready.at[slot])
         plgpu.barrier_wait(scratch.d_out_ready.at[slot])
-        probs, d_scores = self.probabilities(step, tile_step, query, d_out, is_partial=is_partial)
+        probs, d_scores = self.probabilities(step, query, d_out, is_partial=is_partial)
         pl.when(step >= block.config.stages)(lambda: plgpu.barrier_wait(scratch.d_scores_free.at[slot]))
         scratch.d_scores[slot, self.warpgroup] = d_scores
         plgpu.commit_smem()
@@ -285,17 +292,16 @@ class _Worker:
             @pl.when(step > 0)
             def _():
                 plgpu.barrier_arrive(scratch.d_scores_free.at[last_slot])
-                self.add_d_query(step - 1, product)
+                self.add_d_query(carry, product)
 
         self.take_turn()
-        dk, dv = carry
         dv, dk = accumulate_two_beside(
-            (dv, probs, d_out), (dk, d_scores, query), *self.d_query_factors(last_slot), use=use
+            (carry.dv, probs, d_out), (carry.dk, d_scores, query), *self.d_query_factors(last_slot), use=use
         )
         plgpu.barrier_arrive(scratch.tiles_free.at[slot])
-        return dk, dv
+        return _Carry(dk, dv, *program.place(step))
 
-    def probabilities(self, step, tile_step, query: Ref, d_out: Ref, *, is_partial: bool) -> tuple:
+    def probabilities(self, step: jax.Array, query: Ref, d_out: Ref, *, is_partial: bool) -> tuple:
         """Transposed probabilities of a step and the gradients of its scores, both rounded to the inputs' dtype."""
         program, block = self.program, self.program.block
         statistics, keys = program.scratch.statistics.at[program.slot(step)], program.keys(self.warpgroup)
@@ -306,7 +312,8 @@ class _Worker:
             result = jnp.exp2(products * (block.scale * _LOG2_E) - across_rows(lse, shape))
             if not is_partial:
                 return result
-            queries = pl.ds(program.walk.tile(tile_step) * block.config.q_tile, block.config.q_tile)
+            _, tile = program.place(step)
+            queries = pl.ds(tile * block.config.q_tile, block.config.q_tile)
             visible = program.inputs.mask.visible(
                 program.batch, queries, keys, is_causal=block.is_causal, num_keys=block.num_keys, keys_in_rows=True
             )
@@ -334,16 +341,25 @@ class _Worker:
             scratch.key.at[w + zero, :, self.columns] for w in both
         ]
 
-    def add_d_query(self, step: jax.Array, product: jax.Array) -> None:
-        """Sends off this warpgroup's half of the dQ of a step."""
+    def add_d_query(self, carry: "_Carry", product: jax.Array) -> None:
+        """Sends off this warpgroup's half of the dQ of the last step."""
         program = self.program
         buffer = program.scratch.d_query.at[self.warpgroup]
-        head, first = program.queries(step)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         buffer[...] = product * program.block.scale
         plgpu.commit_smem()
-        where = (program.batch, head, self.columns)
-        add_to_gmem(buffer, program.dq, where, first + self.first_row, program.block.num_queries)
+        where = (program.batch, carry.last_head, self.columns)
+        first_row = carry.last_tile * program.block.config.q_tile + self.first_row
+        add_to_gmem(buffer, program.dq, where, first_row, program.block.num_queries)
+
+
+class _Carry(NamedTuple):
+    """What a compute warpgroup takes from step to step: its sums, and where the dQ of the last step belongs."""
+
+    dk: Float32[Array, "64 H"]
+    dv: Float32[Array, "64 H"]
+    last_head: jax.Array
+    last_tile: jax.Array
 
 
 def differentiate(

@@ -263,7 +263,6 @@ class _Worker:
         program, scratch = self.program, self.program.scratch
         acc, softmax, weights = carry
         slot, last_slot = program.slot(step), program.slot(step - 1)
-        mask = self.visible(step) if is_partial else None
 
         def ready():
             plgpu.barrier_wait(scratch.key_ready.at[slot])
@@ -271,7 +270,7 @@ class _Worker:
 
         def use(products):
             plgpu.barrier_arrive(scratch.key_free.at[slot])
-            return self.update(softmax, products, mask)
+            return self.update(softmax, products, self.visible(step) if is_partial else None)
 
         query, key, value = scratch.query.at[self.warpgroup], scratch.key.at[slot], scratch.value.at[last_slot]
         (softmax, decay, weights), acc = scores_while_accumulating(

@@ -1,10 +1,17 @@
 """The Mosaic GPU kernels without a GPU: numbers and races in the interpreter, registers from the compiler."""
 
+import re
+from typing import Any
+
+import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ring_jax.cluster import compile_only_devices
 from ring_jax.kernels import mosaic_gpu
+from ring_jax.kernels.contract import AttentionState, BlockMask
 from tests.triton_cases import Case, arrays, blocks, failures
 
 # Tiles are 128 queries and 64 or 128 keys: these have full, partial and empty tiles, tails on both sides, and every
@@ -40,6 +47,50 @@ def test_two_pass_backward_agrees_with_the_oracle_without_races(case, capfd):
         found = blocks(case)(mosaic_gpu.forward, mosaic_gpu.deterministic_backward, arrays(case))
     assert failures(case, {name: np.asarray(value) for name, value in found.items()}) == []
     assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("head_dim", [96, 128])
+def test_forward_compiles_for_hopper_in_place_without_spills(head_dim, segments, monkeypatch, capfd):
+    q, k, state, mask = _shapes(head_dim, segments)
+    forward = jax.jit(lambda *args: mosaic_gpu.forward(*args, scale=0.1), donate_argnums=3)
+    _check_compiled(forward, (q, k, k, state, mask), jax.tree.leaves(state), monkeypatch, capfd)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "backward"),
+    [(128, mosaic_gpu.backward), (64, mosaic_gpu.deterministic_backward), (256, mosaic_gpu.backward)],
+)
+def test_backward_compiles_for_hopper_in_place_without_spills(head_dim, backward, monkeypatch, capfd):
+    q, k, state, mask = _shapes(head_dim, segments=False)
+    run = jax.jit(lambda *args: backward(*args, scale=0.1), donate_argnums=6)
+    args = (q, k, k, q, state.lse, state.lse, state.output, mask)
+    _check_compiled(run, args, [state.output], monkeypatch, capfd)
+
+
+def _shapes(head_dim: int, segments: bool) -> Any:
+    """A causal GQA block of 4096 tokens on an H100 that is not there."""
+    sharding = jax.sharding.SingleDeviceSharding(compile_only_devices("h100")[0])
+
+    def array(shape, dtype) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    q, k = (array((1, 4096, heads, head_dim), jnp.bfloat16) for heads in (8, 2))
+    state = AttentionState(array(q.shape, jnp.float32), array((1, 8, 4096), jnp.float32))
+    positions, ids = array((4096,), jnp.int32), array((1, 4096), jnp.int32) if segments else None
+    return q, k, state, BlockMask(positions, positions, ids, ids, is_causal=True)
+
+
+def _check_compiled(function, args, donated, monkeypatch, capfd) -> None:
+    """Nothing is spilled, and what is donated is updated where it lies: no temporary is as large as an array."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    memory = function.lower(*args).compile().memory_analysis()
+    spills = re.findall(r"(\d+) bytes spill stores", capfd.readouterr().out)
+    assert spills
+    assert all(int(spilled) == 0 for spilled in spills)
+    donated_bytes = sum(4 * array.size for array in donated)
+    assert memory.alias_size_in_bytes == donated_bytes
+    assert memory.temp_size_in_bytes < donated_bytes / 100
 
 
 def _races(log: str) -> list[str]:
