@@ -102,10 +102,12 @@ def precision_programs(implementations: list[str]) -> list[Program]:
     ]
 
 
-def export_programs(folder: Path, target: Target, implementations: list[str]) -> None:
+def export_programs(folder: Path, target: Target, implementations: list[str], only: str) -> None:
     """Compiles programs to files that run on a GPU machine whose Triton jax-triton does not know."""
     folder.mkdir(parents=True, exist_ok=True)
     for program in programs(implementations) + precision_programs(implementations):
+        if only not in program.name:
+            continue
         s = program.shapes()
         forward_args = (s["query"], s["blocks"], s["blocks"])
         backward_args = (*forward_args, s["query"], s["lse"], s["query"], (s["arriving"], s["arriving"]))
@@ -114,7 +116,7 @@ def export_programs(folder: Path, target: Target, implementations: list[str]) ->
             ("backward", program.backward(target), backward_args),
         ):
             # A Triton kernel is a custom call that jax cannot promise to read back years later; this run will.
-            unchecked = [jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call")]
+            unchecked = [jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call_ffi")]
             exported = jax.export.export(jax.jit(fn), platforms=["cuda"], disabled_checks=unchecked)(*args)
             (folder / f"{program.name}-{kind}.bin").write_bytes(exported.serialize())
             print("exported", program.name, kind, flush=True)
@@ -300,7 +302,7 @@ def main() -> None:
 
         jax.config.update("jax_platforms", "cpu")
         target = Target.of_device(compile_only_devices(options.gpu, gpus_per_host=1)[0])
-        export_programs(options.export, target, options.implementations or ["triton"])
+        export_programs(options.export, target, options.implementations or ["triton"], options.only)
         return
     if jax.devices()[0].platform != "gpu":
         raise SystemExit("benchmarks.kernels needs a GPU; benchmarks.schedule says what can be known without one")
