@@ -82,7 +82,7 @@ def make_plan(workload: Workload, cluster: Cluster, *, host_memory: int, progres
 
 
 def longest(plan_at: Callable[[int], Plan], granule: int, start: int, progress: Progress) -> Plan:
-    """The plan of the longest sequence that fits, in multiples of `granule`, within 2 % of the memory left.
+    """The plan of the longest sequence that fits, in multiples of `granule`, leaving at most 3 % of the memory unused.
 
     Memory grows in a line with the length, so that each compile tells where to try next; the result is one that was
     compiled and fits.
@@ -106,7 +106,7 @@ def longest(plan_at: Callable[[int], Plan], granule: int, start: int, progress: 
 
 
 def _is_full(plan: Plan) -> bool:
-    return plan.headroom < 0.02 * plan.cluster.usable_memory or plan.host_bytes > 0.98 * plan.host_memory
+    return plan.headroom < 0.03 * plan.cluster.usable_memory or plan.host_bytes > 0.98 * plan.host_memory
 
 
 def _next_length(tried: dict[int, Plan], granule: int) -> int:
