@@ -140,7 +140,7 @@ def _table(model: str, rows: Sequence[Row], plans: Sequence[Plan]) -> Table:
     table = Table(title=f"{what}, {GPU}: memory planned, times predicted", title_justify="left")
     columns = ("row", "article, GB", "planned, GB", "article, ms", "predicted, ms", "over ideal", "latency, ms")
     for column in columns:
-        table.add_column(column, justify="right" if column != "row" else "left")
+        table.add_column(column, justify="right" if column != "row" else "left", overflow="fold")
     for row, plan in zip(rows, plans, strict=True):
         table.add_row(
             row.label,
@@ -157,7 +157,7 @@ def _table(model: str, rows: Sequence[Row], plans: Sequence[Plan]) -> Table:
 def _methods_table(seq_len: int, num_gpus: int) -> Table:
     table = Table(title=f"four methods, one layer forward, {seq_len:,} tokens on {num_gpus} GPUs (counted)")
     for column in ("method", "sent by a GPU, GB", "rounds", "held by a GPU, GB", "in ring_jax"):
-        table.add_column(column, justify="right" if column != "method" else "left")
+        table.add_column(column, justify="right" if column != "method" else "left", overflow="fold")
     for row in methods(seq_len, num_gpus):
         sizes = (f"{row['sent'] / 1e9:.2f}", f"{row['rounds']}", f"{row['held'] / 1e9:.2f}")
         table.add_row(row["method"], *sizes, "yes" if row["exists"] else "not yet")

@@ -142,7 +142,7 @@ def _table(config: Config, rows: list[dict[str, Any]]) -> Table:
     table = Table(title=f"{config.model}, {config.batch} x {config.seq_len} tokens, remat {config.remat}")
     columns = ("mesh", "layout", "strategy", "step, s", "tokens/s", "planned, MB", "measured, MB", "MFU")
     for column in columns:
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for row in sorted(rows, key=lambda row: row["step_seconds"]):
         measured = "-" if row["measured_bytes"] is None else f"{row['measured_bytes'] / 1e6:,.1f}"
         table.add_row(

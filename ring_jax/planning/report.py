@@ -69,7 +69,7 @@ def ranking(plans: list[Plan]) -> RenderableType:
     """Meshes of the same GPUs, fastest first; those that do not fit come last."""
     table = Table(title="meshes, fastest first (times predicted)", title_justify="left")
     for column in ("mesh", "memory per GPU, GB", "fits", "step, s (predicted)", "tokens/s (predicted)", "MFU"):
-        table.add_column(column, justify="right" if column != "mesh" else "left")
+        table.add_column(column, justify="right" if column != "mesh" else "left", overflow="fold")
     for plan in ranked(plans):
         table.add_row(
             format_mesh(plan.cluster.mesh),
@@ -136,7 +136,7 @@ def _hop_table(plan: Plan) -> Table:
     table = Table(title="hops of the ring (times predicted)", title_justify="left")
     columns = ("ring", "hops", "MB sent by each GPU", "on the link, ms", "kernel beside it, ms", "exposed, ms")
     for column in columns:
-        table.add_column(column, justify="right" if column != "ring" else "left")
+        table.add_column(column, justify="right" if column != "ring" else "left", overflow="fold")
     for hop in plan.timing.hops:
         exposed = f"{1e3 * hop.exposed_seconds:.3g}" if hop.exposed_seconds else "hidden"
         times = (f"{1e3 * seconds:.3g}" for seconds in (hop.link_seconds, hop.kernel_seconds))
