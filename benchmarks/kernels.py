@@ -270,8 +270,9 @@ def draw_chart(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    cases = list(dict.fromkeys(r["case"] for r in rows if r["shards"] == 1))
-    names = list(dict.fromkeys(r["implementation"] for r in rows if r["shards"] == 1))
+    rows = [row for row in rows if row["shards"] == 1]
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
     figure, panels = plt.subplots(2, 1, figsize=(2 + 2.2 * len(cases), 8), sharex=True, layout="constrained")
     for panel, kind in zip(panels, ("forward", "backward"), strict=True):
         for n, name in enumerate(names):
