@@ -211,7 +211,7 @@ class _Axes:
         on_mesh = jax.typeof(x).sharding.mesh
         if on_mesh.empty or not isinstance(x, jax.core.Tracer):
             x = _move(x, spec if self.is_context else NamedSharding(self.mesh, spec))
-        on_mesh = jax.sharding.get_abstract_mesh() if self.is_context else on_mesh
+        on_mesh = self.mesh.abstract_mesh if isinstance(self.mesh, Mesh) else self.mesh
         explicit = _explicit_axes(on_mesh)
         if not explicit or not isinstance(x, jax.core.Tracer):
             return x
@@ -231,12 +231,17 @@ def _move(x: Array, sharding: NamedSharding | PartitionSpec) -> Array:
 
 
 def _move_forward(x: Array, sharding: NamedSharding | PartitionSpec) -> tuple[Array, Array | None]:
-    return _move(x, sharding), None if isinstance(x, jax.core.Tracer) else x
+    has_device = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+    return _move(x, sharding), x if has_device else None
 
 
 def _move_backward(sharding: NamedSharding | PartitionSpec, x: Array | None, cotangent: Array) -> tuple[Array]:
     del sharding
-    return (cotangent if x is None else jax.device_put(cotangent, x.sharding),)
+    # An array that nobody placed is free to meet arrays on the mesh, and so must its gradient be; not so where the mesh
+    # is part of the type.
+    if x is None or not (x.committed or _explicit_axes(jax.typeof(cotangent).sharding.mesh)):
+        return (cotangent,)
+    return (jax.device_put(cotangent, x.sharding),)
 
 
 _move.defvjp(_move_forward, _move_backward)
@@ -351,7 +356,8 @@ def _check_arrays(query: Array, key: Array, value: Array, segment_ids: Array | N
             raise ValueError(f"{name} is empty: shape {x.shape}")
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(
-            f"query, key and value must share one dtype, got {query.dtype.name}, {key.dtype.name} and {value.dtype.name}"
+            "query, key and value must share one dtype: cast them; "
+            f"got {query.dtype.name}, {key.dtype.name} and {value.dtype.name}"
         )
     if key.shape != value.shape:
         raise ValueError(f"key and value must have the same shape, got {key.shape} and {value.shape}")

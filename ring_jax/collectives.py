@@ -4,6 +4,7 @@ from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, PyTree, Shaped
 
@@ -15,16 +16,27 @@ def rotate[Tree: PyTree](tree: Tree, axis_name: AxisName) -> Tree:
     size = lax.axis_size(axis_name)
     if size == 1:
         return tree
-    ring = [(source, (source + 1) % size) for source in range(size)]
+    axes, ring = _ring(axis_name)
 
     def send(x: Array) -> Array:
         # As bits: XLA's CPU backend would widen a 16-bit float to float32 before sending it.
         if x.dtype.itemsize != 2:
-            return lax.ppermute(x, axis_name, ring)
-        sent = lax.ppermute(lax.bitcast_convert_type(x, jnp.uint16), axis_name, ring)
+            return lax.ppermute(x, axes, ring)
+        sent = lax.ppermute(lax.bitcast_convert_type(x, jnp.uint16), axes, ring)
         return lax.bitcast_convert_type(sent, x.dtype)
 
     return jax.tree.map(send, tree)
+
+
+def _ring(axis_name: AxisName) -> tuple[AxisName, list[tuple[int, int]]]:
+    """The axes in the order of the mesh, as `ppermute` wants them, and the hops of a ring in the order of `axis_name`."""
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    ordered = names
+    if len(names) > 1:
+        ordered = tuple(sorted(names, key=jax.sharding.get_abstract_mesh().axis_names.index))
+    index_in_mesh_order = np.arange(lax.axis_size(names)).reshape([lax.axis_size(name) for name in ordered])
+    of_rank = index_in_mesh_order.transpose([ordered.index(name) for name in names]).ravel().tolist()
+    return ordered, list(zip(of_rank, of_rank[1:] + of_rank[:1], strict=True))
 
 
 def gather_shards(x: Shaped[Array, "..."], axis_name: AxisName) -> Shaped[Array, "num_shards ..."]:
