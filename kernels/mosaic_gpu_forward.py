@@ -73,7 +73,7 @@ class ForwardConfig:
 def default_config(head_dim: int) -> ForwardConfig:
     """The tile sizes used for a head dim."""
     if head_dim <= 64:
-        return ForwardConfig(q_tile=128, k_tile=128, stages=2)
+        return ForwardConfig(q_tile=192, k_tile=128, stages=2)
     if head_dim <= 128:
         return ForwardConfig(q_tile=128, k_tile=128, stages=2)
     return ForwardConfig(q_tile=128, k_tile=64, stages=2, early_state=False)
@@ -227,7 +227,10 @@ class _Worker:
         program, scratch, walk = self.program, self.program.scratch, self.program.walk
         rows = program.rows(self.warpgroup)
         lse = program.state.lse.at[program.batch, program.head, rows]
-        old_lse = plgpu.load(lse, layout=ROWS, optimized=False)
+        # The last tile may have warpgroups without any row.
+        num_rows = program.state.lse.shape[-1]
+        has_rows = rows.start < num_rows if num_rows % program.block.config.q_tile else True
+        old_lse = _load_if(has_rows, lse)
         carry = self.first_step()
         carry = lax.fori_loop(1, walk.partial, lambda i, c: self.step(i, c, is_partial=True), carry)
         first_full = jnp.maximum(walk.partial, 1)
@@ -241,7 +244,12 @@ class _Worker:
         plgpu.barrier_wait(scratch.output_ready.at[self.warpgroup])
         old_output = plgpu.load(output, layout=plgpu.Layout.WGMMA)
         plgpu.commit_smem()  # Every thread has read its part of the old output before any writes the new one.
-        output[...], lse[...] = _merge(acc, softmax, old_output, old_lse)
+        output[...], new_lse = _merge(acc, softmax, old_output, old_lse)
+
+        @pl.when(has_rows)
+        def _():
+            lse[...] = new_lse
+
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(output, program.state.output.at[program.batch, rows, program.head])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -300,6 +308,18 @@ class _Worker:
         weights = jnp.exp2(products * scale - across_columns(base, products.shape))
         total = softmax.total * decay + weights.sum(axis=1)
         return _Softmax(maximum, total), decay, weights
+
+
+def _load_if(exists: jax.Array | bool, lse: Ref) -> jax.Array:
+    """The lse of a warpgroup's rows, or of no keys if there are no such rows."""
+
+    def load():
+        return plgpu.load(lse, layout=ROWS, optimized=False)
+
+    if isinstance(exists, bool):
+        assert exists
+        return load()
+    return lax.cond(exists, load, lambda: full((WARPGROUP_ROWS,), -jnp.inf, ROWS))
 
 
 def _merge(acc: jax.Array, softmax: _Softmax, old_output: jax.Array, old_lse: jax.Array) -> tuple:
@@ -363,7 +383,7 @@ def attend(
         kernel_name="ring_jax_attention_forward",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
-    padded = AttentionState(state.output, pad_last(state.lse, config.q_tile))
+    padded = AttentionState(state.output, pad_last(state.lse, WARPGROUP_ROWS))
     output, lse = pl.run_state(lambda refs: kernel(*leaves, *refs))(padded)
     return AttentionState(output, lse[..., : state.lse.shape[-1]])
 

@@ -2,7 +2,8 @@
 
 Each operation that the Mosaic interpreter refuses is one function with a mathematically equal branch for it:
 
-- `scores_while_accumulating`, `accumulate`: `wgmma` into a carried accumulator, its left operand in registers.
+- `scores_while_accumulating`, `accumulate`, `accumulate_two_beside`: `wgmma` into a carried accumulator, its left
+  operand in registers.
 - `add_to_gmem`: a bulk copy that adds into global memory (`reduction_op="add"`).
 """
 
