@@ -106,6 +106,7 @@ def ring_attention(
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown strategy {strategy!r}: choose one of {', '.join(STRATEGIES)}")
     query, key, value = (x if isinstance(x, jax.Array) else jnp.asarray(x) for x in (query, key, value))
+    _check_mesh(mesh, query)
     axes = _find_axes(_untyped(mesh, query, key, value), seq_axis, batch_axis, head_axis)
     _check_arrays(query, key, value, segment_ids)
     check_layout(layout, query.shape[1], axes.size(axes.seq))
@@ -342,6 +343,16 @@ def _default_scale(scale: float | None, head_dim: int) -> float:
     return float(head_dim**-0.5 if scale is None else scale)
 
 
+def _check_mesh(mesh: Mesh | AbstractMesh | None, query: Array) -> None:
+    if not isinstance(mesh, Mesh | AbstractMesh | None):
+        raise ValueError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}: make one with jax.make_mesh")
+    if isinstance(mesh, AbstractMesh) and not mesh.manual_axes and not isinstance(query, jax.core.Tracer):
+        raise ValueError(
+            f"mesh {mesh} describes {mesh.size} devices but has none, so nothing can run on it: "
+            f"make a mesh of real ones with jax.make_mesh (there are {jax.device_count()}), or only compile, under jit"
+        )
+
+
 def _check_arrays(query: Array, key: Array, value: Array, segment_ids: Array | None) -> None:
     for name, x, letters in (
         ("query", query, "[B, T, N, H]"),
@@ -371,6 +382,8 @@ def _check_arrays(query: Array, key: Array, value: Array, segment_ids: Array | N
         raise ValueError(f"the {key.shape[2]} key/value heads must divide the {num_heads} query heads")
     if segment_ids is None:
         return
+    if not hasattr(segment_ids, "dtype"):
+        raise ValueError(f"segment_ids must be an int32 array, not a {type(segment_ids).__name__}: use jnp.asarray")
     if segment_ids.shape != (batch, num_tokens):
         raise ValueError(f"segment_ids must have shape [B, T] = {(batch, num_tokens)}, got {segment_ids.shape}")
     if segment_ids.dtype != jnp.int32:

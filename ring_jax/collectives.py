@@ -29,7 +29,7 @@ def rotate[Tree: PyTree](tree: Tree, axis_name: AxisName) -> Tree:
 
 
 def _ring(axis_name: AxisName) -> tuple[AxisName, list[tuple[int, int]]]:
-    """The axes in the order of the mesh, as `ppermute` wants them, and the hops of a ring in the order of `axis_name`."""
+    """The axes in the mesh's order, as `ppermute` wants them, and the hops of a ring in the order of `axis_name`."""
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     ordered = names
     if len(names) > 1:
