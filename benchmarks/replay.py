@@ -40,7 +40,8 @@ class Replay:
         return shard_positions(self.layout, rank, shard_len, self.num_shards)
 
     def mask(self, owner: int, shard_len: int, segment_ids: Int32[Array, "num_shards B T"] | None) -> BlockMask:
-        own, theirs = (self.positions(rank, shard_len) for rank in (self.rank, owner))
+        own = self.positions(self.rank, shard_len)
+        theirs = own if owner == self.rank else self.positions(owner, shard_len)
         if segment_ids is None:
             return BlockMask(own, theirs, None, None, self.is_causal)
         return BlockMask(own, theirs, segment_ids[self.rank], segment_ids[owner], self.is_causal)

@@ -207,8 +207,11 @@ class _Ring:
         self._segment_ids, self._gathered_positions = segment_ids, gathered_positions
 
     def mask(self, step: Step, block: Block) -> BlockMask:
-        owner = (self._rank - step) % self.size
-        own, theirs = self._positions(self._rank), self._positions(owner)
+        own = self._positions(self._rank)
+        # The very same array on the diagonal: there a kernel without positions (cuDNN) can mask by index, since every
+        # layout's shards hold their tokens in ascending order. Positions that a caller gives may be in any.
+        is_own_block = isinstance(step, int) and step == 0 and self._options.layout is not None
+        theirs = own if is_own_block else self._positions((self._rank - step) % self.size)
         return BlockMask(own, theirs, self._segment_ids, block.segment_ids, self._options.is_causal)
 
     def _positions(self, rank: Int32[Array, ""]) -> Int32[Array, " T"]:
