@@ -8,6 +8,7 @@ from typing import Literal, overload
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int32
 
@@ -210,11 +211,11 @@ class _Axes:
         if x is None:
             return None
         on_mesh = jax.typeof(x).sharding.mesh
-        if on_mesh.empty or not isinstance(x, jax.core.Tracer):
+        if on_mesh.empty or not isinstance(x, Tracer):
             x = _move(x, spec if self.is_context else NamedSharding(self.mesh, spec))
         on_mesh = self.mesh.abstract_mesh if isinstance(self.mesh, Mesh) else self.mesh
         explicit = _explicit_axes(on_mesh)
-        if not explicit or not isinstance(x, jax.core.Tracer):
+        if not explicit or not isinstance(x, Tracer):
             return x
         # Explicit axes are part of the array's type, which only `reshard` gives back to its cotangent.
         named = [tuple(axis for axis in _names(names) if axis in explicit) or None for names in spec]
@@ -228,11 +229,11 @@ def _move(x: Array, sharding: NamedSharding | PartitionSpec) -> Array:
     As a `custom_vjp` it sees the array itself under `jax.grad` too, and `jax.vmap` need not know what `sharding` means
     for its dim.
     """
-    return x if isinstance(x, jax.core.Tracer) else jax.device_put(x, sharding)
+    return x if isinstance(x, Tracer) else jax.device_put(x, sharding)
 
 
 def _move_forward(x: Array, sharding: NamedSharding | PartitionSpec) -> tuple[Array, Array | None]:
-    has_device = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+    has_device = isinstance(x, jax.Array) and not isinstance(x, Tracer)
     return _move(x, sharding), x if has_device else None
 
 
@@ -346,7 +347,7 @@ def _default_scale(scale: float | None, head_dim: int) -> float:
 def _check_mesh(mesh: Mesh | AbstractMesh | None, query: Array) -> None:
     if not isinstance(mesh, Mesh | AbstractMesh | None):
         raise ValueError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}: make one with jax.make_mesh")
-    if isinstance(mesh, AbstractMesh) and not mesh.manual_axes and not isinstance(query, jax.core.Tracer):
+    if isinstance(mesh, AbstractMesh) and not mesh.manual_axes and not isinstance(query, Tracer):
         raise ValueError(
             f"mesh {mesh} describes {mesh.size} devices but has none, so nothing can run on it: "
             f"make a mesh of real ones with jax.make_mesh (there are {jax.device_count()}), or only compile, under jit"

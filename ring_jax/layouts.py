@@ -12,6 +12,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Int32, Shaped
 
@@ -95,7 +96,7 @@ def _reorder(x: Array, layout: str, num_shards: int, axis: int, *, inverse: bool
     typed = jax.typeof(x).sharding
     if typed.spec[axis] is not None:
         return _reorder_on_explicit_axes(layout, inverse, num_shards, axis, typed)(x)
-    if not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding):
+    if not isinstance(x, Tracer) and isinstance(x.sharding, NamedSharding):
         return _reorder_in_place(layout, inverse, num_shards, axis, x.sharding)(x)
     return reorder(x)
 

@@ -2,11 +2,13 @@
 
 import inspect
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import ring_jax
@@ -23,8 +25,8 @@ AXIS_TYPES = {
     "explicit data and tensor": (EXPLICIT, AUTO, EXPLICIT),
 }
 CASE = Case(2, 32, 4, 2, 8, "float32", is_causal=True, segments="packed")
-INPUTS = make_inputs(CASE)
-ARRAYS = INPUTS[:3]
+INPUTS: Any = make_inputs(CASE)  # numpy arrays, which jax takes and type checkers do not
+ARRAYS: tuple[Any, Any, Any] = INPUTS[:3]
 NAMES = ("output", "dq", "dk", "dv")
 
 
@@ -59,7 +61,7 @@ def _with_gradients(attend):
 
 def _placed_like(output, cotangent):
     """A cotangent must lie where the output does."""
-    if not isinstance(output, jax.core.Tracer):
+    if not isinstance(output, Tracer):
         return jax.device_put(cotangent, output.sharding)
     typed = jax.typeof(output).sharding
     return cotangent if typed.mesh.empty else jax.sharding.reshard(cotangent, typed)
@@ -141,7 +143,6 @@ def test_shard_function_is_the_same_attention(layout: str, check_vma: bool):
     mesh = _mesh((2, 2, 2), ("data", "seq", "tensor"))
     order = np.asarray(layout_positions(layout, CASE.seq_len, 2))
     query, key, value, d_out = (x[:, order] for x in (*ARRAYS, INPUTS.d_out))
-    assert INPUTS.segment_ids is not None
 
     def shard(query, key, value, segment_ids, positions):
         return ring_attention_shard(
@@ -206,7 +207,6 @@ def test_vmap_and_vmap_of_gradients(in_axis: int, eager: bool):
 
 def test_vmap_over_segment_ids_and_some_arguments():
     mesh = _mesh((2,), ("seq",))
-    assert INPUTS.segment_ids is not None
     both = np.stack([INPUTS.segment_ids, np.zeros_like(INPUTS.segment_ids)])
     outputs = jax.vmap(lambda ids, q: _causal(ids, mesh=mesh)(q, *ARRAYS[1:]), in_axes=(0, None))(both, ARRAYS[0])
     _assert_exact([outputs[0]], ("output",))

@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import functools
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +80,8 @@ def _covering_runs() -> list[Configuration]:
         for a, b in itertools.product(first, second)
     }
     fixed = list(itertools.product(*PRODUCT.values()))
-    runs, uses = [], collections.Counter()
+    runs: list[Configuration] = []
+    uses = collections.Counter()
 
     def gain(run: tuple) -> tuple[int, int]:
         pairs = _pairs(run)
@@ -95,7 +96,7 @@ def _covering_runs() -> list[Configuration]:
         best = max(((*start, *values) for values in rest), key=gain)
         missing -= _pairs(best)
         uses.update(_pairs(best))
-        runs.append(Configuration(*best))
+        runs.append(Configuration._make(best))
     return runs
 
 
@@ -116,7 +117,7 @@ def seq_mesh(shards: int) -> Mesh:
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "shards", "is_causal", "scale"))
-def _attend(inputs: Inputs, *, layout: str, shards: int, is_causal: bool, scale: float | None) -> Results:
+def _attend(inputs: Any, *, layout: str, shards: int, is_causal: bool, scale: float | None) -> Results:
     """Output, logsumexp and gradients in natural order from inputs in natural order."""
     order = layout_positions(layout, inputs.query.shape[1], shards)
     undo = jnp.argsort(order)

@@ -34,8 +34,10 @@ def _dense_tiles(visible: np.ndarray, q_tile: int, k_tile: int) -> tuple[np.ndar
 
 
 def _check_sound(mask: BlockMask, merge_batch: bool, q_tile: int = Q_TILE, k_tile: int = K_TILE) -> None:
-    segment_ids = (None, None) if mask.q_segment_ids is None else (mask.q_segment_ids, mask.k_segment_ids)
-    visible = visible_pairs(mask.q_positions, mask.k_positions, *segment_ids, is_causal=mask.is_causal)
+    dense = jax.tree.map(np.asarray, mask)
+    visible = visible_pairs(
+        dense.q_positions, dense.k_positions, dense.q_segment_ids, dense.k_segment_ids, is_causal=mask.is_causal
+    )
     some, full = _dense_tiles(visible, q_tile, k_tile)
     if merge_batch:
         some, full = some.any(axis=0, keepdims=True), full.all(axis=0, keepdims=True)
