@@ -29,7 +29,7 @@ train: $(VENV)/train.stamp
 	$(VENV)/bin/python -m ring_jax.train $(ARGS)
 
 test: $(VENV)/test.stamp
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(VENV)/test.stamp
 	$(VENV)/bin/ruff check
