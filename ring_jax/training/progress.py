@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -25,12 +26,13 @@ class TrainProgress:
         self._last_line = -float("inf")
         self._bar = Progress(
             TextColumn("training"),
-            BarColumn(bar_width=None),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
             MofNCompleteColumn(),
-            _Metrics(),
+            _Metrics(table_column=Column(no_wrap=True)),
             TextColumn("ETA"),
             TimeRemainingColumn(compact=True),
             console=console,
+            expand=True,
             speed_estimate_period=_ETA_SECONDS,
             disable=not console.is_terminal,
         )

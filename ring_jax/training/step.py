@@ -146,7 +146,8 @@ class TrainStep:
         model = nnx.merge(self._graph, params)
         hidden = model.hidden(batch.tokens, segment_ids=batch.segment_ids)
         with jax.named_scope("loss"):
-            hidden, unembedding = _reduce_first(self._unembedding_sharding, hidden, model.unembedding)
+            operands: Any = _reduce_first(self._unembedding_sharding, hidden, model.unembedding)
+            hidden, unembedding = operands
             return cross_entropy(hidden, unembedding, batch.targets, weights=batch.targets != NO_TARGET)
 
     @property
