@@ -100,7 +100,9 @@ def test_tokens_in_another_order_give_other_losses(folder, first_state, losses_o
 
 
 def test_fresh_weights_are_the_same_on_any_mesh(first_state):
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(_step("data=2,seq=4").init(0)), first_state)
+    # The same random bits; the last of a float's may differ where the compiler fuses differently.
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(same, jax.device_get(_step("data=2,seq=4").init(0)), first_state)
     other = jax.device_get(_step("seq=1").init(1))
     assert (other.params["head"] != first_state.params["head"]).all()
 

@@ -115,7 +115,7 @@ class TrainStep:
         return sum(leaf.size for leaf in jax.tree.leaves(self.abstract_state.params))
 
     def init(self, seed: int) -> TrainState:
-        """Fresh weights, the same on every mesh."""
+        """Fresh weights, the same on every mesh but for rounding."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         with jax.set_mesh(self.config.mesh):
             return jax.jit(functools.partial(self._init, seed), out_shardings=shardings)()
