@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 
 class ReferenceResult(NamedTuple):
-    """Attention and its gradients, `[B, T, N, H]` for output and dq, `[B, S, K, H]` for dk and dv, `[B, N, T]` for lse."""
+    """Attention and its gradients: `[B, T, N, H]` output and dq, `[B, S, K, H]` dk and dv, `[B, N, T]` lse."""
 
     output: Float[np.ndarray, "B T N H"]
     lse: Float[np.ndarray, "B N T"]

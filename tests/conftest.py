@@ -2,13 +2,15 @@
 
 import os
 
-_FLAGS = (
-    "--xla_force_host_platform_device_count=8",
-    # Tests compile far more than they run: machine code may be slow, which spares a quarter of their time.
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
+# Tests compile far more than they run: machine code may be slow, which spares a quarter of their time.
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    )
 )
-os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_FLAGS))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
