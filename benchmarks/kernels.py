@@ -186,7 +186,9 @@ def _dense_rows(
 
 
 def _largest_error(rows: SampledRows, exact: SampledRows) -> float:
-    pairs = [(rows.output, exact.output)] + ([] if rows.dq is None else [(rows.dq, exact.dq)])
+    pairs = [(rows.output, exact.output)]
+    if rows.dq is not None and exact.dq is not None:
+        pairs.append((rows.dq, exact.dq))
     return max(float(np.abs(x.astype(np.float64) - y).max() / np.abs(y).max()) for x, y in pairs)
 
 

@@ -5,6 +5,7 @@ the case, raises, and becomes a row that says why.
 """
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -78,14 +79,14 @@ def _differentiable(attend: Callable[..., Array], query: Array, key: Array, valu
 
 
 def _torch(case: Case, arrays: tuple[Array, ...], backend: str) -> Passes:
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+    torch: Any = importlib.import_module("torch")
+    attention: Any = importlib.import_module("torch.nn.attention")
 
     query, key, value, d_out = (torch.from_dlpack(x).transpose(1, 2) for x in arrays)
     leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in (query, key, value)]
 
-    def forward() -> "torch.Tensor":
-        with sdpa_kernel(getattr(SDPBackend, backend)):
+    def forward() -> Any:
+        with attention.sdpa_kernel(getattr(attention.SDPBackend, backend)):
             return torch.nn.functional.scaled_dot_product_attention(
                 *leaves, is_causal=case.is_causal, enable_gqa=case.num_heads != case.num_kv_heads
             )

@@ -11,7 +11,7 @@ import functools
 import json
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -114,8 +114,11 @@ def compile_ring(case: RingCase) -> tuple[CompiledRing, CompiledRing]:
 
     def compiled(name: str, fn: Callable, arguments: tuple, necessary_bytes: int, sent: int) -> CompiledRing:
         program = jit(fn).lower(*arguments).compile()
-        schedule = read_schedule(program.as_text(), block_bytes=key_bytes)
-        return CompiledRing(name, schedule, program.memory_analysis().temp_size_in_bytes, necessary_bytes, sent)
+        text, memory = program.as_text(), program.memory_analysis()
+        assert text is not None
+        assert memory is not None
+        schedule = read_schedule(text, block_bytes=key_bytes)
+        return CompiledRing(name, schedule, memory.temp_size_in_bytes, necessary_bytes, sent)
 
     return (
         compiled("forward", forward, (q, k, k, ids), _necessary_forward(q, k), block_sent),
@@ -129,7 +132,9 @@ def compile_ring(case: RingCase) -> tuple[CompiledRing, CompiledRing]:
     )
 
 
-def _arguments(case: RingCase, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
+def _arguments(
+    case: RingCase, mesh: Mesh
+) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct | None]:
     """Queries, keys (values are alike) and segment ids; one row of the batch on each shard of the data axis."""
     batch = case.shape.get("data", 1)
     tokens = case.tokens_per_gpu * case.shape["seq"]
@@ -142,7 +147,7 @@ def _arguments(case: RingCase, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
     return q, k, ids
 
 
-def _implementation(case: RingCase, device: jax.Device) -> str:
+def _implementation(case: RingCase, device: Any) -> str:
     need = kernels.Need(kernels.Target.of_device(device), case.dtype, case.head_dim)
     return kernels.choose(case.implementation, need)
 

@@ -53,7 +53,7 @@ def shard_positions(
 def layout_positions(layout: str, seq_len: int, num_shards: int) -> Int32[Array, " seq_len"]:
     """The global position of each token in layout order: `to_layout(x)[i]` is `x[layout_positions(...)[i]]`.
 
-    Raises ValueError for an unknown layout or a length it cannot deal evenly.
+    Raises ValueError for an unknown `layout`, or a `seq_len` that it cannot deal evenly to `num_shards`.
     """
     check_layout(layout, seq_len, num_shards)
     ranks = jnp.arange(num_shards, dtype=jnp.int32)
@@ -80,7 +80,10 @@ def to_layout(x: Shaped[Array, "..."], layout: str, num_shards: int, axis: int =
 
 
 def from_layout(x: Shaped[Array, "..."], layout: str, num_shards: int, axis: int = 1) -> Shaped[Array, "..."]:
-    """The inverse of `to_layout`: dim `axis` of `x` back to natural order. Same arguments and errors."""
+    """The inverse of `to_layout`: dim `axis` of `x` from the order of `layout` over `num_shards` to natural order.
+
+    Same arguments and errors.
+    """
     return _reorder(x, layout, num_shards, axis, inverse=True)
 
 

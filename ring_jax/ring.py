@@ -8,7 +8,7 @@ at its owner after N hops. What each step computes is the kernels' business, see
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -109,9 +109,9 @@ def _attend(
 
 
 def _attend_forward(options: RingOptions, query: Array, key: Array, value: Array, segment_ids, gathered_positions):
-    output, lse = _attend(options, query, key, value, segment_ids, gathered_positions)
+    attended: Any = _attend(options, query, key, value, segment_ids, gathered_positions)
     # Without the barrier XLA sees that delta casts the output back to float32, and keeps the larger array until then.
-    output, lse = lax.optimization_barrier((output, lse))
+    output, lse = lax.optimization_barrier(attended)
     output, lse = (checkpoint_name(x, name) for x, name in zip((output, lse), SAVED_NAMES, strict=True))
     return (output, lse), (query, key, value, segment_ids, gathered_positions, output, lse)
 

@@ -28,10 +28,12 @@ def test_replayed_ranks_equal_the_oracle(layout):
     def by_shard(x: np.ndarray) -> jax.Array:
         return jnp.asarray(np.stack(np.split(x[:, order], shards, axis=1)))
 
+    assert inputs.segment_ids is not None
     query, keys, values, d_out, ids = (by_shard(x) for x in (*inputs[:4], inputs.segment_ids))
     visible = visible_pairs(*(np.arange(case.seq_len),) * 2, *(inputs.segment_ids,) * 2, is_causal=True)
     exact, baseline = (
-        reference_attention(*inputs[:3], visible, d_out=inputs.d_out, low_precision=p) for p in (None, np.float32)
+        reference_attention(*inputs[:3], visible, d_out=inputs.d_out, low_precision=p)
+        for p in (None, np.dtype(np.float32))
     )
     kernel = kernels.load("xla", CPU)
     output, dq, dk, dv = [], [], 0, 0

@@ -54,7 +54,9 @@ def test_the_reader_sees_exposed_hops_and_copies():
 
     x = jax.ShapeDtypeStruct((8 * 512, 512), "float32", sharding=jax.sharding.NamedSharding(mesh, spec))
     hlo = jax.jit(jax.shard_map(send_and_transpose, mesh=mesh, in_specs=spec, out_specs=spec)).lower(x).compile()
-    schedule = read_schedule(hlo.as_text(), block_bytes=math.prod((512, 512)) * 4)
+    text = hlo.as_text()
+    assert text is not None
+    schedule = read_schedule(text, block_bytes=math.prod((512, 512)) * 4)
     assert schedule.num_permutes == schedule.num_exposed == 2
     assert schedule.bytes_sent == 2 * 512 * 512 * 4
 

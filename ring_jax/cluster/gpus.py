@@ -6,8 +6,8 @@ edited from it by datasheet.
 
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
-import jax
 from jax.experimental import topologies
 
 GPUS = ("a100-80gb", "h100", "h200", "b200")
@@ -27,7 +27,7 @@ def gpu_description(gpu: str) -> str:
     raise ValueError(f"unknown GPU {gpu!r}: choose one of {', '.join(GPUS)}, or give the path of a .pbtxt description")
 
 
-def compile_only_devices(gpu: str, *, hosts: int = 1, gpus_per_host: int = 8) -> list[jax.Device]:
+def compile_only_devices(gpu: str, *, hosts: int = 1, gpus_per_host: int = 8) -> list[Any]:
     """`hosts * gpus_per_host` devices that programs can be compiled for but not run on; no GPU is needed.
 
     Raises:
