@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from .contract import AttentionState, BlockKernel, Gradients
 from .ptxas import miscompiling_reason
+from .triton_gpu import compute_capability
 from .triton_gpu import target as triton_target
 
 _MODULES = {"mosaic_gpu": "mosaic_gpu", "triton": "triton_gpu", "cudnn": "cudnn", "xla": "xla"}
@@ -55,11 +56,9 @@ class Target:
     @classmethod
     def of_device(cls, device: jax.Device) -> "Target":
         """The target that a device of the mesh is; compile-only devices included."""
-        text = getattr(device, "compute_capability", None)
-        if device.platform != "gpu" or not isinstance(text, str):
-            return cls(device.platform, device.device_kind)
-        major, minor = text.split(".")
-        return cls(device.platform, device.device_kind, 10 * int(major) + int(minor), device not in jax.devices())
+        capability = compute_capability(device)
+        is_compile_only = capability is not None and device not in jax.devices()
+        return cls(device.platform, device.device_kind, capability, is_compile_only)
 
     @classmethod
     def of_kind(cls, platform: str, device_kind: str) -> "Target":

@@ -108,9 +108,12 @@ def test_remat_that_saves_attention_makes_no_hop_twice():
     def hops(policy) -> int:
         def gradient(query, key, value, segment_ids, d_out):
             attend = _programs(shards)["forward"]
-            layer = lambda q, k, v: jnp.sin(attend(jnp.sin(q), jnp.sin(k), jnp.sin(v), segment_ids, None))  # noqa: E731
-            layer = layer if policy is None else jax.checkpoint(layer, policy=policy)
-            output, vjp = jax.vjp(layer, query, key, value)
+
+            def layer(q, k, v):
+                return jnp.sin(attend(jnp.sin(q), jnp.sin(k), jnp.sin(v), segment_ids, None))
+
+            kept = layer if policy is None else jax.checkpoint(layer, policy=policy)
+            output, vjp = jax.vjp(kept, query, key, value)
             return output, vjp(d_out)
 
         return sum(_collectives(jax.jit(gradient).lower(*arguments).compile()).values())
