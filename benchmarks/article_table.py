@@ -14,15 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
 import matplotlib.pyplot as plt
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from ring_jax import STRATEGIES
-from ring_jax.mesh import quiet_cuda_plugin
-from ring_jax.planning import Cluster, Plan, Workload, find_model, make_plan, to_json
+from ring_jax.planning import Cluster, Plan, Workload, find_model, leave_gpus_alone, make_plan, to_json
 
 GPU = "a100-80gb"
 HEADS, HEAD_DIM = 32, 128
@@ -119,8 +117,7 @@ def methods(seq_len: int, num_gpus: int, *, window: int = 4096) -> list[dict[str
 def main(args: Sequence[str] | None = None) -> None:
     """Prints the tables and writes the files."""
     config = tyro.cli(Config, args=args)
-    jax.config.update("jax_platforms", "cpu")
-    quiet_cuda_plugin()
+    leave_gpus_alone()
     console = Console(highlight=False)
     models = ("attention", "llama3-8b") if config.training else ("attention",)
     plans = {model: [plan_row(row, model, console) for row in ROWS[: config.rows]] for model in models}

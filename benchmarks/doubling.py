@@ -13,13 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import jax
 import matplotlib.pyplot as plt
 import tyro
 from rich.console import Console
 
-from ring_jax.mesh import quiet_cuda_plugin
-from ring_jax.planning import Cluster, Plan, Workload, find_model, make_plan
+from ring_jax.planning import Cluster, Plan, Workload, find_model, leave_gpus_alone, make_plan
 from ring_jax.training.config import parse_seq_len
 
 MAX_DEVIATION = 0.05
@@ -54,8 +52,7 @@ def ratios(sizes: Sequence[int]) -> list[float]:
 def main(args: Sequence[str] | None = None) -> None:
     """Prints the sizes and writes the chart."""
     config = tyro.cli(Config, args=args)
-    jax.config.update("jax_platforms", "cpu")
-    quiet_cuda_plugin()
+    leave_gpus_alone()
     console = Console(highlight=False)
     seq_len = parse_seq_len(config.seq_len)
     model = find_model(config.model, heads="32/32", head_dim=128, remat="layer", offload=False)

@@ -8,11 +8,9 @@ works and how memory divides, and says nothing about speed on a cluster, which t
 
 import dataclasses
 import json
-import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +23,7 @@ from rich.table import Table
 
 from ring_jax import LAYOUTS, STRATEGIES
 from ring_jax.data import Batch
-from ring_jax.mesh import format_mesh, make_mesh, quiet_cuda_plugin
+from ring_jax.mesh import format_mesh, make_mesh
 from ring_jax.modules import AttentionOptions
 from ring_jax.planning.hardware import DATASHEETS
 from ring_jax.planning.memory import peak_bytes
@@ -37,9 +35,8 @@ from ring_jax.training.config import parse_seq_len
 from ring_jax.training.optimizer import OptimizerConfig
 from ring_jax.training.step import StepConfig, TrainStep
 
+from .processes import CPU_DEVICES, alone
 from .timing import environment
-
-CPU_DEVICES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,27 +105,16 @@ def main(args: Sequence[str] | None = None) -> None:
     """Prints the table and writes the files."""
     config = tyro.cli(Config, args=args)
     console = Console(highlight=False)
-    about, num_devices = _alone(_look_round)
+    about, num_devices = alone(_look_round)
     if "note" in about:
         console.print(about["note"])
     rows = []
     for shape, attention in configurations(config, num_devices):
         with console.status(f"{format_mesh(shape)} {attention.layout} ..."):
-            rows.append(_alone(measure, config, shape, attention))
+            rows.append(alone(measure, config, shape, attention))
     console.print(_table(config, rows))
     if config.out is not None:
         _write(config, about, rows)
-
-
-def _alone[R](fn: Callable[..., R], *args: Any) -> R:
-    """`fn(*args)` in a process of its own: a GPU's peak memory counts from the start of a process."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_set_up) as pool:
-        return pool.submit(fn, *args).result()
-
-
-def _set_up() -> None:
-    quiet_cuda_plugin()
-    jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
 
 
 def _look_round() -> tuple[dict[str, str], int]:

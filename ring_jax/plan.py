@@ -2,24 +2,22 @@
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
 
-import jax
 import tyro
 from rich.console import Console
 
 from .kernels import IMPLEMENTATIONS
 from .layouts import LAYOUTS
-from .mesh import quiet_cuda_plugin
 from .model import REMAT_MODES
 from .planning import (
     Cluster,
     Plan,
     Workload,
     find_model,
+    leave_gpus_alone,
     longest,
     make_plan,
     meshes,
@@ -141,10 +139,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Prints a plan; returns the exit status: 0 even where the step does not fit, 1 if it cannot be compiled, 2 for
     the user's mistakes."""
     config = tyro.cli(PlanConfig, prog=COMMAND, args=args)
-    # Nothing is run: a GPU of this machine is left alone, and XLA's remarks on the program are not for users.
-    jax.config.update("jax_platforms", "cpu")
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-    quiet_cuda_plugin()
+    leave_gpus_alone()
     try:
         plans = plan(config, Console(stderr=True))
     except (ValueError, NotImplementedError) as error:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import kernels as kernel_benchmarks
+from benchmarks import memory
 from benchmarks.cases import Case, make_inputs
 from benchmarks.peers import Passes
 from benchmarks.replay import Replay, replay_backward, replay_forward
@@ -75,3 +76,35 @@ def test_a_rank_counts_the_pairs_it_computes():
     ranks = [kernel_benchmarks.Program("xla", case, Replay(4, rank)).rank_flops for rank in range(4)]
     assert sum(ranks) == 4 * (64 * 65 / 2) * 8
     assert max(ranks) - min(ranks) <= 4 * 64 * 8
+
+
+def test_memory_is_measured_on_gpus_only_and_planned_for_the_gpu_that_is_there():
+    with pytest.raises(ValueError, match="needs a GPU, but jax sees only cpu"):
+        memory.look_at_gpu([128])
+    assert memory.gpu_of("NVIDIA H200") == "h200"
+    with pytest.raises(ValueError, match="no description of 'NVIDIA T4'"):
+        memory.gpu_of("NVIDIA T4")
+
+
+def test_a_steps_peak_must_be_its_own():
+    compiled, stepped = {"peak_bytes_in_use": 5}, {"peak_bytes_in_use": 7}
+    assert memory.step_peak(compiled, stepped) == 7
+    with pytest.raises(ValueError, match="use a longer sequence"):
+        memory.step_peak(compiled, dict(compiled))
+
+
+@pytest.mark.parametrize(("pair", "message"), [("small", "write MODEL/TOKENS"), ("small/1G", "not a number of tokens")])
+def test_a_wrong_pair_is_refused(pair, message, capsys):
+    assert memory.main(["--pairs", pair]) == 2
+    assert message in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("planned", "status"), [(1005, 0), (995, 0), (1011, 1), (989, 1)])
+def test_a_plan_that_is_off_fails_the_command(planned, status, tmp_path, monkeypatch, capsys):
+    measured = {"measured_bytes": 1000, "compiled_there_bytes": 1000, "measured_seconds": 1.0}
+    row = {"pair": "tiny/1K", "implementation": "xla", "planned_bytes": planned, "predicted_seconds": 1.0}
+    row |= measured | {"error": planned / 1000 - 1}
+    monkeypatch.setattr(memory, "_compare", lambda *args: ({"device": "NVIDIA H200"}, [row]))
+    assert memory.main(["--pairs", "tiny/1K", "--out", str(tmp_path)]) == status
+    assert ("NOT within" in capsys.readouterr().out) == bool(status)
+    assert json.loads((tmp_path / "memory-nvidia-h200.json").read_text())["rows"] == [row]

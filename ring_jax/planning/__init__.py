@@ -4,6 +4,7 @@ from .hardware import LINKS as LINKS
 from .hardware import Cluster as Cluster
 from .planner import CompileError as CompileError
 from .planner import Plan as Plan
+from .planner import leave_gpus_alone as leave_gpus_alone
 from .planner import longest as longest
 from .planner import make_plan as make_plan
 from .planner import meshes as meshes

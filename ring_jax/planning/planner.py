@@ -1,10 +1,14 @@
 """One plan: compile the step for the cluster, read its memory and schedule, predict its time."""
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Sequence
 
+import jax
+
 from ..cluster import read_schedule
+from ..mesh import quiet_cuda_plugin
 from ..model import TransformerConfig
 from .hardware import Cluster
 from .memory import MemorySplit, compile_with_memory
@@ -49,6 +53,16 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.headroom >= 0 and self.host_bytes <= self.host_memory
+
+
+def leave_gpus_alone() -> None:
+    """For programs that only plan: a GPU of this machine is not taken, and XLA's remarks on programs are not shown.
+
+    Must run before the first use of jax.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    quiet_cuda_plugin()
 
 
 def make_plan(workload: Workload, cluster: Cluster, *, host_memory: int, progress: Progress) -> Plan:

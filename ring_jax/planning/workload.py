@@ -159,17 +159,26 @@ def lower(workload: Workload, cluster: Cluster) -> tuple[jax.stages.Lowered, Ste
     mesh = _mesh(cluster)
     if isinstance(workload.model, AttentionShape):
         return _lower_attention(workload, workload.model, mesh), StepShapes(None, workload.local_tokens(cluster))
-    attention = AttentionOptions(layout=workload.layout, implementation=workload.implementation)
-    model = dataclasses.replace(workload.model, attention=attention)
-    step = TrainStep(StepConfig(model, OptimizerConfig(), mesh, workload.seq_len, workload.batch, steps=100))
+    step = train_step(workload, mesh)
     params: list[Any] = jax.tree.leaves(step.abstract_state.params)
     local = [leaf.sharding.shard_shape(leaf.shape) for leaf in params]
     whole = [leaf.shape for leaf in params]
     shards = frozenset(map(sorted_dims, local))
     # A layer's matrices are gathered one layer at a time.
     matrices = frozenset(sorted_dims(shape) for full in whole for shape in (full, full[1:]) if len(shape) > 1)
-    shapes = StepShapes(model.num_layers, workload.local_tokens(cluster), shards, matrices - shards)
+    shapes = StepShapes(workload.num_layers, workload.local_tokens(cluster), shards, matrices - shards)
     return step.lower(), shapes
+
+
+def train_step(workload: Workload, mesh: Mesh) -> TrainStep:
+    """The training step of a model on a mesh, of devices that are there or not: the one that is planned.
+
+    Raises ValueError where the batch or the sequence does not divide over the mesh.
+    """
+    assert isinstance(workload.model, TransformerConfig)
+    attention = AttentionOptions(layout=workload.layout, implementation=workload.implementation)
+    model = dataclasses.replace(workload.model, attention=attention)
+    return TrainStep(StepConfig(model, OptimizerConfig(), mesh, workload.seq_len, workload.batch, steps=100))
 
 
 def _lower_attention(workload: Workload, shape: AttentionShape, mesh: Mesh) -> jax.stages.Lowered:

@@ -1,0 +1,29 @@
+"""The planner's memory is that of a real GPU, within 1 %: `pytest -m gpu`, with `JAX_PLATFORMS=cuda`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.memory import MAX_ERROR
+
+pytestmark = pytest.mark.gpu
+
+ROOT = Path(__file__).parent.parent.parent
+# This process may hold memory for other tests: the command's take what they need, and no settings made for tests.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+ENVIRONMENT |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+
+
+def test_planned_memory_is_measured_memory(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.memory", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("memory-*.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert len(rows) >= 3
+    for row in rows:
+        assert row["planned_bytes"] == pytest.approx(row["measured_bytes"], rel=MAX_ERROR), row["pair"]
