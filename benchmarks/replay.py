@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
-from ring_jax.kernels import AttentionState, BlockKernel, BlockMask
+from ring_jax.kernels import BlockKernel, BlockMask
 from ring_jax.layouts import check_layout, shard_positions
 
 
@@ -56,14 +56,13 @@ def replay_forward(
     segment_ids: Int32[Array, "num_shards B T"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B N T"]]:
     """The rank's output in the query's dtype and its logsumexp, as the ring computes them."""
-    batch, num_queries, num_heads, head_dim = query.shape
-    output = jnp.zeros(query.shape, jnp.float32)
-    state = AttentionState(output, jnp.full((batch, num_heads, num_queries), -jnp.inf, jnp.float32))
-    for owner in replay.owners:
-        mask = replay.mask(owner, num_queries, segment_ids)
-        state = kernel.forward(query, keys[owner], values[owner], state, mask, scale=head_dim**-0.5)
+    state, scale = None, query.shape[3] ** -0.5
+    for step, owner in enumerate(replay.owners):
+        mask, is_last = replay.mask(owner, query.shape[1], segment_ids), step == replay.num_shards - 1
+        state = kernel.forward(query, keys[owner], values[owner], state, mask, scale=scale, is_last=is_last)
         state = lax.optimization_barrier(state)
-    return state.output.astype(query.dtype), state.lse
+    assert state is not None
+    return tuple(state)
 
 
 def replay_backward(

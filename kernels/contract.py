@@ -12,16 +12,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from .varying import match_varying
+
 
 class AttentionState(NamedTuple):
     """Running result of attention over the keys seen so far (FlashAttention-2, arXiv:2307.08691, algorithm 1).
 
     The output is normalised: `output = sum_s exp(scores_s - lse) value_s` over the keys seen. A row that has seen no
     key has `output = 0` and `lse = -inf`. `lse` is the natural logarithm of the sum of exponentiated scaled scores.
+    The output is float32 while blocks are still to come, and in the query's dtype after the last one.
     """
 
-    output: Float32[Array, "B T N H"]
+    output: Float[Array, "B T N H"]
     lse: Float32[Array, "B N T"]
+
+    @classmethod
+    def before_any_key(cls, query: Float[Array, "B T N H"]) -> "AttentionState":
+        """The state that `None` stands for, for implementations that need it as arrays."""
+        batch, num_queries, num_heads, _ = query.shape
+        lse = jnp.full((batch, num_heads, num_queries), -jnp.inf, jnp.float32)
+        return cls(*match_varying((jnp.zeros(query.shape, jnp.float32), lse), like=query))
 
 
 @jax.tree_util.register_dataclass
@@ -71,12 +81,17 @@ class BlockKernel(Protocol):
         query: Float[Array, "B T N H"],
         key: Float[Array, "B S K H"],
         value: Float[Array, "B S K H"],
-        state: AttentionState,
+        state: AttentionState | None,
         mask: BlockMask,
         *,
         scale: float,
+        is_last: bool = False,
     ) -> AttentionState:
-        """Continues the online softmax of `state` over this block; an implementation updates `state` in place."""
+        """Continues the online softmax of `state` over this block; an implementation updates `state` in place.
+
+        `state` is None for the first block. After the last one (`is_last`) the output comes in the query's dtype: an
+        implementation then need not write the float32 one.
+        """
         ...
 
     def backward(

@@ -42,20 +42,24 @@ def forward(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
-    state: AttentionState,
+    state: AttentionState | None,
     mask: BlockMask,
     *,
     scale: float,
+    is_last: bool = False,
 ) -> AttentionState:
     """Folds this block into `state`. See `contract.BlockKernel`.
 
     Raises NotImplementedError for masks other than the two it knows.
     """
     block_output, block_lse = _call_forward(query, key, value, _mask_name(mask), scale)
+    if state is None:
+        return AttentionState(block_output.astype(query.dtype if is_last else jnp.float32), block_lse)
     lse = jnp.logaddexp(state.lse, block_lse)
     # Every query of these blocks sees a key, so `lse` is finite.
     old, new = (jnp.exp(part - lse).swapaxes(1, 2)[..., None] for part in (state.lse, block_lse))
-    return AttentionState(state.output * old + block_output.astype(jnp.float32) * new, lse)
+    output = state.output * old + block_output.astype(jnp.float32) * new
+    return AttentionState(output.astype(query.dtype if is_last else jnp.float32), lse)
 
 
 def backward(

@@ -22,7 +22,7 @@ from .mosaic_gpu_two_pass import differentiate_keys, differentiate_queries
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 MAX_HEAD_DIM = 256
-_MAX_FUSED_HEAD_DIM = 128
+MAX_FUSED_HEAD_DIM = 128
 _ROW_MULTIPLE = 8
 
 type _Inputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
@@ -49,10 +49,11 @@ def forward(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
-    state: AttentionState,
+    state: AttentionState | None,
     mask: BlockMask,
     *,
     scale: float,
+    is_last: bool = False,
 ) -> AttentionState:
     """Continues the online softmax of `state` over this block, in place. See `contract.BlockKernel`.
 
@@ -62,10 +63,12 @@ def forward(
     _refuse(query, scale)
     num_queries, head_dim = query.shape[1], query.shape[3]
     columns = _round_up(head_dim, 32)
+    dtype = query.dtype if is_last else jnp.float32
+    state = state or AttentionState.before_any_key(query)
     query, key, value = (_pad(x, columns) for x in (query, key, value))
     padded = AttentionState(_pad(state.output, columns), state.lse)
     result = attend(query, key, value, padded, mask, scale=scale, config=default_config(columns))
-    return AttentionState(result.output[:, :num_queries, :, :head_dim], result.lse)
+    return AttentionState(result.output[:, :num_queries, :, :head_dim].astype(dtype), result.lse)
 
 
 def backward(
@@ -86,7 +89,7 @@ def backward(
     so the last bits of `dq` may differ between two runs; those of `dk` and `dv` do not. Raises NotImplementedError
     like `forward`.
     """
-    if query.shape[3] > _MAX_FUSED_HEAD_DIM:
+    if query.shape[3] > MAX_FUSED_HEAD_DIM:
         return deterministic_backward(query, key, value, d_out, lse, delta, dq, mask, scale=scale)
     _refuse(query, scale)
     columns = 64 if query.shape[3] <= 64 else 128

@@ -124,13 +124,13 @@ class _TritonFor:
     kernel: BlockKernel
     compute_capability: int
 
-    def forward(self, *args: Any, scale: float) -> AttentionState:
+    def forward(self, *args: Any, **options: Any) -> AttentionState:
         with triton_target(self.compute_capability):
-            return self.kernel.forward(*args, scale=scale)
+            return self.kernel.forward(*args, **options)
 
-    def backward(self, *args: Any, scale: float) -> Gradients:
+    def backward(self, *args: Any, **options: Any) -> Gradients:
         with triton_target(self.compute_capability):
-            return self.kernel.backward(*args, scale=scale)
+            return self.kernel.backward(*args, **options)
 
 
 @functools.cache

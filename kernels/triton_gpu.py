@@ -8,6 +8,7 @@ come from the caller's side: `target(...)` says it, and without it the GPU of th
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import importlib.util
 import math
 from collections.abc import Iterator
@@ -76,10 +77,11 @@ def forward(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
-    state: AttentionState,
+    state: AttentionState | None,
     mask: BlockMask,
     *,
     scale: float,
+    is_last: bool = False,
 ) -> AttentionState:
     """Continues the online softmax of `state` over this block, in place. See `contract.BlockKernel`.
 
@@ -89,12 +91,22 @@ def forward(
 
     block = _Block.of(query, key, value, mask, scale)
     tile = block.tiles.forward
+    ranges = key_ranges(mask, tile.q, tile.k)
+    launch = functools.partial(block.launch, triton_kernels.forward_kernel, tile, ranges, query.shape[2])
+    in_place = state is not None and not is_last
 
     def run(refs: tuple[jax.Ref, jax.Ref]) -> None:
-        ranges = key_ranges(mask, tile.q, tile.k)
-        block.launch(triton_kernels.forward_kernel, tile, ranges, query.shape[2], refs=refs)
+        launch(state=(None, None), refs=refs, HAS_STATE=True, IN_PLACE=True)
 
-    return AttentionState(*pl.run_state(run)(tuple(state)))
+    if in_place:
+        return AttentionState(*pl.run_state(run)(tuple(state)))
+    batch, num_queries, num_heads, _ = query.shape
+    new = AttentionState(
+        jax.ShapeDtypeStruct(query.shape, query.dtype if is_last else jnp.float32),
+        jax.ShapeDtypeStruct((batch, num_heads, num_queries), jnp.float32),
+    )
+    given = (None, None) if state is None else tuple(state)
+    return AttentionState(*launch(state=given, out_type=new, HAS_STATE=state is not None, IN_PLACE=False))
 
 
 def backward(
@@ -169,13 +181,15 @@ class _Block:
         num_heads: int,
         rows: tuple[Array, ...] = (),
         *,
+        state: tuple[Array | None, ...] = (),
         refs: tuple[jax.Ref, ...] = (),
         out_type: Any = (),
+        **flags: bool,
     ) -> Any:
         """Runs one program per tile of `ranges`, head and batch entry.
 
-        `rows` are the query-side inputs of a backward kernel: d_out, lse, delta. The kernel updates `refs` in place and
-        returns new arrays of `out_type`.
+        `rows` are the query-side inputs of a backward kernel: d_out, lse, delta; `state` is what a forward kernel
+        continues, if not `refs`. The kernel updates `refs` in place and returns new arrays of `out_type`.
         """
         import jax_triton
 
@@ -199,6 +213,7 @@ class _Block:
             HAS_SEGMENTS=mask.q_segment_ids is not None,
             PRECISION="ieee",
             USE_TMA=use_tma,
+            **flags,
         )
         tokens: list[Any] = [mask.q_positions, mask.k_positions, mask.q_segment_ids, mask.k_segment_ids]
         return jax_triton.triton_call(
@@ -206,6 +221,7 @@ class _Block:
             *rows[1:],
             *tokens,
             *ranges,
+            *state,
             *refs,
             kernel=kernel,
             out_type=out_type,

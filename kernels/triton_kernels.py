@@ -114,12 +114,27 @@ def _softmax(scores, total, peak, scale, visible, MASKED: tl.constexpr):
 
 
 @triton.jit
+def _add_product(sums, x, y, PRECISION: tl.constexpr):
+    """`sums + x @ y`. In float32 each product is summed by itself first: one running sum over a million keys, term by
+    term, would lose four digits. Tensor cores sum a tile by themselves."""
+    if x.dtype == tl.float32:
+        return tl.fma(tl.dot(x, y, input_precision=PRECISION), 1.0, sums)
+    else:
+        return tl.dot(x, y, sums, input_precision=PRECISION)
+
+
+@triton.jit
 def forward_kernel(query, key, value, q_positions, k_positions, q_segment_ids, k_segment_ids, starts, full_starts,
-                   full_ends, ends, output, lse, num_queries, num_keys, range_stride, scale,
+                   full_ends, ends, given_output, given_lse, output, lse, num_queries, num_keys, range_stride, scale,
                    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
                    PADDED_DIM: tl.constexpr, Q_TILE: tl.constexpr, K_TILE: tl.constexpr, IS_CAUSAL: tl.constexpr,
-                   HAS_SEGMENTS: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr):  # fmt: skip
-    """Grid (query tiles, N, B). Reads the running `output` and `lse`, continues the softmax, writes them back."""
+                   HAS_SEGMENTS: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr, HAS_STATE: tl.constexpr,
+                   IN_PLACE: tl.constexpr):  # fmt: skip
+    """Grid (query tiles, N, B). The softmax over this block alone, then one merge with the running state, if any.
+
+    Weights relative to the state's logsumexp would be tiny after many blocks, and float16 has no room below 6e-5. The
+    state is `given_output` and `given_lse`, or with `IN_PLACE` what `output` and `lse` hold.
+    """
     # Under a causal mask the last queries meet the most keys: start with those, so that the short tiles fill the tail.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
@@ -131,14 +146,12 @@ def forward_kernel(query, key, value, q_positions, k_positions, q_segment_ids, k
     full_start = tl.load(full_starts + batch * range_stride + tile)
     full_end = tl.load(full_ends + batch * range_stride + tile)
     end = tl.load(ends + batch * range_stride + tile)
-    if start < end:
+    if (not IN_PLACE) or start < end:
         first = tile * Q_TILE
         q = _load_tile(query, batch, head, first, num_queries, Q_SHAPE, False, USE_TMA)
-        acc = _load_tile(output, batch, head, first, num_queries, Q_SHAPE, False, False)
-        rows = first + tl.arange(0, Q_TILE)
-        lse_pointers = lse + (tl.cast(batch, tl.int64) * NUM_HEADS + head) * num_queries + rows
-        peak = tl.load(lse_pointers, mask=rows < num_queries, other=float("-inf")) * LOG2_E
-        total = tl.where(peak == float("-inf"), 0.0, 1.0)
+        acc = tl.zeros([Q_TILE, PADDED_DIM], dtype=tl.float32)
+        peak = tl.full([Q_TILE], float("-inf"), dtype=tl.float32)
+        total = tl.zeros([Q_TILE], dtype=tl.float32)
         exponent_scale = scale * LOG2_E
 
         for step in range(full_start, full_end):
@@ -146,7 +159,7 @@ def forward_kernel(query, key, value, q_positions, k_positions, q_segment_ids, k
             v = _load_tile(value, batch, kv_head, step * K_TILE, num_keys, K_SHAPE, True, USE_TMA)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             weights, total, peak, correction = _softmax(scores, total, peak, exponent_scale, True, False)
-            acc = tl.dot(weights.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
+            acc = _add_product(acc * correction[:, None], weights.to(v.dtype), v, PRECISION)
 
         q_index, q_position, q_segment = _load_ids(
             q_positions, q_segment_ids, first, num_queries, batch, Q_TILE, IS_CAUSAL, HAS_SEGMENTS
@@ -165,13 +178,26 @@ def forward_kernel(query, key, value, q_positions, k_positions, q_segment_ids, k
             )  # fmt: skip
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             weights, total, peak, correction = _softmax(scores, total, peak, exponent_scale, visible, True)
-            acc = tl.dot(weights.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
+            acc = _add_product(acc * correction[:, None], weights.to(v.dtype), v, PRECISION)
 
+        rows = first + tl.arange(0, Q_TILE)
+        statistics = (tl.cast(batch, tl.int64) * NUM_HEADS + head) * num_queries + rows
+        if HAS_STATE or IN_PLACE:
+            old_lse, old_output = given_lse, given_output
+            if IN_PLACE:
+                old_lse, old_output = lse, output
+            old_peak = tl.load(old_lse + statistics, mask=rows < num_queries, other=float("-inf")) * LOG2_E
+            new_peak = tl.maximum(peak, old_peak)
+            shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+            old_weight, weight = tl.exp2(old_peak - shift), tl.exp2(peak - shift)
+            old = _load_tile(old_output, batch, head, first, num_queries, Q_SHAPE, False, False)
+            acc = acc * weight[:, None] + old * old_weight[:, None]
+            total, peak = total * weight + old_weight, new_peak
         has_keys = total > 0.0
         acc = acc * tl.where(has_keys, 1.0 / total, 0.0)[:, None]
         new_lse = tl.where(has_keys, (peak + tl.log2(total)) * LN_2, float("-inf"))
         _store_tile(output, batch, head, first, num_queries, acc, Q_SHAPE)
-        tl.store(lse_pointers, new_lse, mask=rows < num_queries)
+        tl.store(lse + statistics, new_lse, mask=rows < num_queries)
 
 
 @triton.jit
@@ -199,7 +225,7 @@ def _dq_step(dq, query, d_out, key, value, row_lse, row_delta, exponent_scale, v
     if MASKED:
         weights = tl.where(visible, weights, 0.0)
     d_scores = weights * (d_weights - row_delta[:, None])
-    return tl.dot(d_scores.to(key.dtype), key, dq, input_precision=PRECISION)
+    return _add_product(dq, d_scores.to(key.dtype), key, PRECISION)
 
 
 @triton.jit
@@ -274,9 +300,9 @@ def _dkv_step(dk, dv, key, value, query, d_out, row_lse, row_delta, exponent_sca
     # The accumulator starts at -delta: the products leave dP - delta, and delta needs no registers meanwhile.
     start = tl.broadcast_to(-row_delta[None, :], scores.shape)
     d_weights = tl.dot(value, tl.trans(d_out), start, input_precision=PRECISION)
-    dv = tl.dot(weights.to(d_out.dtype), d_out, dv, input_precision=PRECISION)
+    dv = _add_product(dv, weights.to(d_out.dtype), d_out, PRECISION)
     d_scores = weights * d_weights
-    dk = tl.dot(d_scores.to(query.dtype), query, dk, input_precision=PRECISION)
+    dk = _add_product(dk, d_scores.to(query.dtype), query, PRECISION)
     return dk, dv
 
 

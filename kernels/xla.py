@@ -45,13 +45,15 @@ def forward(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
-    state: AttentionState,
+    state: AttentionState | None,
     mask: BlockMask,
     *,
     scale: float,
+    is_last: bool = False,
 ) -> AttentionState:
     """See `contract.BlockKernel.forward`."""
     num_queries, num_kv_heads = query.shape[1], key.shape[2]
+    state = state or AttentionState.before_any_key(query)
     block = _block(query, key, value, mask)
     q_tiles, k_tiles = _summaries(block)
     output = _pad_dim(_split_heads(state.output, num_kv_heads), 1, block.q_tile)
@@ -61,10 +63,9 @@ def forward(
         output, lse = carry
         at = index * block.q_tile
         q = _tile(block.q, at, block.q_tile, 1)
-        old_lse = _tile(lse, at, block.q_tile, 3)
-        # The state so far is one more "key" with weight exp(lse - lse) = 1, or none at all.
-        old_output = jnp.einsum("btkgh->bkgth", _tile(output, at, block.q_tile, 1))
-        running = (old_lse, (old_lse > -jnp.inf).astype(jnp.float32), old_output)
+        old_output, old_lse = _tile(output, at, block.q_tile, 1), _tile(lse, at, block.q_tile, 3)
+        zeros = jnp.zeros_like(old_lse)
+        running = (zeros - jnp.inf, zeros, jnp.zeros_like(jnp.einsum("btkgh->bkgth", old_output)))
 
         def key_tile(masked: bool, k_index: Int32[Array, ""], running: tuple[Array, ...]) -> tuple[Array, ...]:
             top, total, acc = running
@@ -80,17 +81,36 @@ def forward(
             return new_top, total * keep + probs.sum(axis=-1), acc
 
         ranges = key_ranges_between(q_tiles.only(index), k_tiles, mask.is_causal, merge_batch=True)
-        top, total, acc = _walk(ranges, key_tile, running)
-        seen = total > 0
-        safe_total = jnp.where(seen, total, 1.0)
-        new_output = jnp.einsum("bkgth->btkgh", acc / safe_total[..., None])
+        new_output, new_lse = _merge(old_output, old_lse, *_walk(ranges, key_tile, running))
         output = lax.dynamic_update_slice_in_dim(output, new_output, at, 1)
-        new_lse = jnp.where(seen, top + jnp.log(safe_total), -jnp.inf)
         return output, lax.dynamic_update_slice_in_dim(lse, new_lse, at, 3)
 
     output, lse = lax.fori_loop(0, q_tiles.whole.shape[1], query_tile, (output, lse))
-    output = output[:, :num_queries].reshape(state.output.shape)
-    return AttentionState(output, lse[..., :num_queries].reshape(state.lse.shape))
+    output = output[:, :num_queries].reshape(query.shape)
+    lse = lse[..., :num_queries].reshape(state.lse.shape)
+    return AttentionState(output.astype(query.dtype if is_last else jnp.float32), lse)
+
+
+def _merge(
+    output: Float32[Array, "B t K G H"],
+    lse: Float32[Array, "B K G t"],
+    top: Float32[Array, "B K G t"],
+    total: Float32[Array, "B K G t"],
+    acc: Float32[Array, "B K G t H"],
+) -> tuple[Float32[Array, "B t K G H"], Float32[Array, "B K G t"]]:
+    """The state of a tile of queries and what one block adds to it: `total` and `acc` are sums relative to `top`.
+
+    Weights relative to the state's logsumexp from the start would be tiny after many blocks, and float16 has no room
+    below 6e-5.
+    """
+    shift = _finite(jnp.maximum(top, lse))
+    old_weight, weight = jnp.exp(lse - shift), jnp.exp(top - shift)
+    total = total * weight + old_weight
+    seen = total > 0
+    inverse = jnp.where(seen, 1.0 / jnp.where(seen, total, 1.0), 0.0)
+    new_output = jnp.einsum("bkgth->btkgh", acc * (weight * inverse)[..., None])
+    new_output += output * jnp.einsum("bkgt->btkg", old_weight * inverse)[..., None]
+    return new_output, jnp.where(seen, shift + jnp.log(jnp.where(seen, total, 1.0)), -jnp.inf)
 
 
 def backward(

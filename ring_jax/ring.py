@@ -90,22 +90,23 @@ def _attend(
     ring = _Ring(options, query.shape[1], segment_ids, gathered_positions)
     kernel = kernels.load(options.implementation, options.target)
 
-    def compute(step: Step, block: Block, state: AttentionState) -> AttentionState:
-        return kernel.forward(query, block.key, block.value, state, ring.mask(step, block), scale=options.scale)
+    def compute(step: Step, block: Block, state: AttentionState | None, *, is_last: bool = False) -> AttentionState:
+        mask = ring.mask(step, block)
+        state = kernel.forward(query, block.key, block.value, state, mask, scale=options.scale, is_last=is_last)
+        return AttentionState(*match_varying(tuple(state), like=query))
 
-    def compute_and_pass_on(step: Step, carry: tuple[Block, AttentionState]) -> tuple[Block, AttentionState]:
+    def compute_and_pass_on(step: Step, carry: tuple[Block, AttentionState | None]) -> tuple[Block, AttentionState]:
         block, state = carry
         arriving = rotate(block, options.axis_name)
         # Without the barrier XLA starts every hop at once and keeps all keys and values of the sequence.
         return lax.optimization_barrier((arriving, compute(step, block, state)))
 
-    zeros = jnp.zeros(query.shape, jnp.float32)
-    nothing = jnp.full((query.shape[0], query.shape[2], query.shape[1]), -jnp.inf, jnp.float32)
-    state = AttentionState(*match_varying((zeros, nothing), like=query))
-    carry = Block(key, value, segment_ids), state
-    block, state = _repeat(compute_and_pass_on, carry, first=0, last=ring.size - 1)
-    state = compute(ring.size - 1, block, state)
-    return state.output.astype(query.dtype), state.lse
+    block = Block(key, value, segment_ids)
+    if ring.size == 1:
+        return tuple(compute(0, block, None, is_last=True))
+    carry = compute_and_pass_on(0, (block, None))
+    block, state = _repeat(compute_and_pass_on, carry, first=1, last=ring.size - 1)
+    return tuple(compute(ring.size - 1, block, state, is_last=True))
 
 
 def _attend_forward(options: RingOptions, query: Array, key: Array, value: Array, segment_ids, gathered_positions):

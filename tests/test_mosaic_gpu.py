@@ -12,7 +12,7 @@ import pytest
 from ring_jax.cluster import compile_only_devices
 from ring_jax.kernels import mosaic_gpu
 from ring_jax.kernels.contract import AttentionState, BlockMask
-from tests.triton_cases import Case, arrays, blocks, failures
+from tests.block_cases import Case, arrays, blocks, failures
 
 # Tiles are 128 queries and 64 or 128 keys: these have full, partial and empty tiles, tails on both sides, and every
 # route through the kernels. The interpreter takes seconds for each.

@@ -16,17 +16,30 @@ from ring_jax.kernels import triton_gpu
 from ring_jax.kernels.contract import AttentionState, BlockMask
 from ring_jax.kernels.triton_tiles import Tile, Tiles, choose_tiles
 from tests import triton_interpreter
-from tests.triton_cases import Case, arrays, failures
+from tests.block_cases import FLOAT16_SHARE_ERROR, Case, arrays, failures
 
 # Compute capability 80 loads through pointers, 90 through the copy engine's descriptors. bfloat16 is left to the GPU:
 # Triton 3.9's interpreter multiplies its bit patterns as integers.
 CASES = [
     (80, Case(dtype="float32", queries=70, keys=50, heads=4, kv_heads=2, head_dim=24, batch=2)),
-    (80, Case(dtype="float16", queries=200, keys=150, head_dim=40)),
+    (80, Case(dtype="float16", queries=200, keys=150, num_blocks=3, head_dim=40)),
     (80, Case(dtype="float16", queries=64, keys=96, head_dim=20, has_segments=True, shuffled=True)),
-    (90, Case(dtype="float16", queries=200, keys=150)),
+    (90, Case(dtype="float16", queries=200, keys=150, num_blocks=1)),
     (90, Case(dtype="float16", queries=30, keys=33, heads=4, is_causal=False)),
-    (90, Case(dtype="float16", queries=64, keys=96, heads=3, kv_heads=1, head_dim=40, has_segments=True, batch=2)),
+    (
+        90,
+        Case(
+            dtype="float16",
+            queries=64,
+            keys=70,
+            num_blocks=3,
+            heads=3,
+            kv_heads=1,
+            head_dim=40,
+            has_segments=True,
+            batch=2,
+        ),
+    ),
 ]
 
 
@@ -40,6 +53,10 @@ def interpreter():
 def test_interpreter_agrees_with_the_oracle(interpreter, capability, case):
     found = interpreter.submit(triton_interpreter.run, case, capability, arrays(case)).result()
     assert failures(case, found) == []
+
+
+def test_a_late_block_keeps_its_digits(interpreter):
+    assert interpreter.submit(triton_interpreter.late_block_error, 90).result() < FLOAT16_SHARE_ERROR
 
 
 @pytest.mark.parametrize("capability", [80, 90])

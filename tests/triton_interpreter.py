@@ -14,22 +14,30 @@ from typing import Any
 
 import numpy as np
 
-from tests import triton_cases
+from tests import block_cases
 
 
 def start() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_interpret_triton)
 
 
-def run(case: triton_cases.Case, capability: int, data: dict[str, Any]) -> dict[str, np.ndarray]:
+def run(case: block_cases.Case, capability: int, data: dict[str, Any]) -> dict[str, np.ndarray]:
     """All results of a case on its arrays, with the kernels built for `capability`; to be submitted to the pool."""
     import jax
 
     from ring_jax.kernels import triton_gpu
 
-    block = functools.partial(triton_cases.blocks(case), triton_gpu.forward, triton_gpu.backward)
+    block = functools.partial(block_cases.blocks(case), triton_gpu.forward, triton_gpu.backward)
     with triton_gpu.target(capability):
         return jax.tree.map(np.asarray, jax.jit(block)(data))
+
+
+def late_block_error(capability: int) -> float:
+    """`block_cases.late_block_error` of the kernels built for `capability`; to be submitted to the pool."""
+    from ring_jax.kernels import triton_gpu
+
+    with triton_gpu.target(capability):
+        return block_cases.late_block_error(triton_gpu.forward)
 
 
 def _interpret_triton() -> None:

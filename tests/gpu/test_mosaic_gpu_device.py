@@ -8,7 +8,7 @@ import pytest
 from ring_jax.kernels import mosaic_gpu
 from ring_jax.kernels.contract import AttentionState, BlockMask
 from ring_jax.kernels.reference import reference_attention, visible_pairs
-from tests.triton_cases import Case, arrays, blocks, failures
+from tests.block_cases import Case, arrays, blocks, failures
 
 pytestmark = pytest.mark.gpu
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from ring_jax.kernels import triton_gpu
 from ring_jax.kernels.contract import AttentionState, BlockMask
-from tests.triton_cases import Case, blocks, shapes
+from tests.block_cases import Case, blocks, shapes
 
 CASES = [
     Case("float32", batch=2, queries=333, keys=515, heads=4, kv_heads=2, head_dim=64, has_segments=True),
