@@ -1,6 +1,8 @@
 """The benchmarks' own logic, on a CPU: a replayed rank equals the oracle, and a wrong kernel is never timed."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import pytest
 from benchmarks import kernels as kernel_benchmarks
 from benchmarks import memory
 from benchmarks.cases import Case, make_inputs
-from benchmarks.peers import Passes
+from benchmarks.peers import PEERS, Passes
 from benchmarks.replay import Replay, replay_backward, replay_forward
 from ring_jax import kernels, layout_positions
 from ring_jax.kernels.reference import reference_attention, visible_pairs
@@ -108,3 +110,32 @@ def test_a_plan_that_is_off_fails_the_command(planned, status, tmp_path, monkeyp
     assert memory.main(["--pairs", "tiny/1K", "--out", str(tmp_path)]) == status
     assert ("NOT within" in capsys.readouterr().out) == bool(status)
     assert json.loads((tmp_path / "memory-nvidia-h200.json").read_text())["rows"] == [row]
+
+
+def _row_of_peer(name: str) -> dict:
+    program = kernel_benchmarks.Program("xla", Case(1, 128, 2, 2, 16), Replay(layout="contiguous"))
+    query, keys, values, d_out = kernel_benchmarks.draw(program)
+    return kernel_benchmarks.measure(program, name, PEERS[name], (query, keys[0], values[0], d_out))
+
+
+@pytest.mark.parametrize("name", ["ringattention", "kvax", "tokamax mosaic"])
+def test_a_peer_that_does_not_import_is_a_row_that_says_why(name, monkeypatch):
+    module = name.split()[0]
+    monkeypatch.setitem(sys.modules, module, None)
+    row = _row_of_peer(name)
+    assert "ModuleNotFoundError" in row["failed"]
+    assert module in row["failed"]
+
+
+def test_a_peer_that_imports_is_compared_and_timed(monkeypatch):
+    asked = []
+
+    def attend(*args, is_causal, implementation):
+        asked.append(implementation)
+        return jax.nn.dot_product_attention(*args, is_causal=is_causal)
+
+    monkeypatch.setitem(sys.modules, "tokamax", SimpleNamespace(dot_product_attention=attend))
+    row = _row_of_peer("tokamax mosaic")
+    assert "failed" not in row
+    assert row["backward_ms"] > 0
+    assert set(asked) == {"mosaic"}
