@@ -58,7 +58,7 @@ def test_a_wrong_kernel_is_not_timed(shards):
     program = kernel_benchmarks.Program("xla", Case(1, 128, 4, 2, 16), Replay(shards, shards - 1))
     arrays = kernel_benchmarks.draw(program)
     build = kernel_benchmarks.ours(program, CPU, None)
-    right = kernel_benchmarks.measure(program, "right", build, arrays)
+    (right,) = kernel_benchmarks.measure([kernel_benchmarks.Candidate(program, "right", build, arrays)])
     assert "failed" not in right
     assert right["forward_ms"] > 0
     assert right["backward_ms"] > 0
@@ -67,7 +67,7 @@ def test_a_wrong_kernel_is_not_timed(shards):
         passes = build(*args)
         return Passes(lambda: (passes.forward()[0] * 1.1, None), passes.backward)
 
-    row = kernel_benchmarks.measure(program, "wrong", wrong, arrays)
+    (row,) = kernel_benchmarks.measure([kernel_benchmarks.Candidate(program, "wrong", wrong, arrays)])
     assert "wrong result" in row["failed"]
     assert "forward_ms" not in row
     json.dumps([right, row])
@@ -113,9 +113,13 @@ def test_a_plan_that_is_off_fails_the_command(planned, status, tmp_path, monkeyp
 
 
 def _row_of_peer(name: str) -> dict:
-    program = kernel_benchmarks.Program("xla", Case(1, 128, 2, 2, 16), Replay(layout="contiguous"))
+    case = Case(1, 128, 2, 2, 16, dtype="float32")
+    program = kernel_benchmarks.Program("xla", case, Replay(layout="contiguous"))
     query, keys, values, d_out = kernel_benchmarks.draw(program)
-    return kernel_benchmarks.measure(program, name, PEERS[name], (query, keys[0], values[0], d_out))
+    (row,) = kernel_benchmarks.measure(
+        [kernel_benchmarks.Candidate(program, name, PEERS[name], (query, keys[0], values[0], d_out))]
+    )
+    return row
 
 
 @pytest.mark.parametrize("name", ["ringattention", "kvax", "tokamax mosaic"])
@@ -132,8 +136,7 @@ def test_a_peer_that_imports_is_compared_and_timed(monkeypatch):
 
     def attend(*args, is_causal, implementation):
         asked.append(implementation)
-        # jax's own attention is not strict.
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        with jax.numpy_rank_promotion("allow"):  # jax's own attention needs it
             return jax.nn.dot_product_attention(*args, is_causal=is_causal)
 
     monkeypatch.setitem(sys.modules, "tokamax", SimpleNamespace(dot_product_attention=attend))

@@ -26,6 +26,7 @@ DEFAULTS = {
     "implementation": None,
     "dtype": None,
     "remat": "attention",
+    "offload": False,
     "cpu_devices": None,
     "checkpoint_every": 100,
     "keep": 2,

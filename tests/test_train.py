@@ -223,6 +223,23 @@ def test_ctrl_c_writes_a_checkpoint_and_the_command_it_prints_goes_on_bit_for_bi
     jax.tree.map(np.testing.assert_array_equal, _final_state(out), _final_state(whole_run))
 
 
+def test_offload_keeps_activations_in_host_memory_and_changes_no_bit(folder, whole_run, tmp_path, monkeypatch):
+    lowered = []
+    lower = TrainStep.lower
+
+    def spy(self):
+        lowered.append(lower(self))
+        return lowered[-1]
+
+    monkeypatch.setattr(TrainStep, "lower", spy)
+    out = tmp_path / "run"
+    assert _run("--data", str(folder), "--out", str(out), "--offload") == 0
+    assert "annotate_device_placement" in lowered[0].as_text()
+    assert "annotate_device_placement" not in lower(_step("seq=2", remat="attention")).as_text()
+    assert [entry["loss"] for entry in _metrics(out)] == [entry["loss"] for entry in _metrics(whole_run)]
+    assert json.loads((out / "config.json").read_text())["offload"] is True
+
+
 def test_a_longer_run_resumes_without_repeating_its_options(whole_run, tmp_path, capsys):
     out = shutil.copytree(whole_run, tmp_path / "run")
     assert main(["--resume", str(out), "--steps", "41", "--mesh", "seq=1", "--layout", "zigzag"]) == 0
@@ -253,6 +270,7 @@ def _files(folder: Path) -> dict[Path, bytes]:
         (["--implementation", "magic"], "unknown implementation 'magic': choose one of .*xla"),
         (["--implementation", "triton"], "implementation 'triton' cannot run on cpu"),
         (["--dtype", "float16"], "unknown dtype 'float16': choose one of .*float32, bfloat16"),
+        (["--remat", "none", "--offload"], "--offload moves what remat keeps, .*: use attention or layer"),
         (["--remat", "all"], "unknown remat 'all': choose one of none, attention, layer"),
         (["--mesh", "seq=16"], r"mesh 'seq=16' needs 16 devices, but there are 8 .*--cpu-devices 16"),
         (["--mesh", "data=2"], "mesh 'data=2' has no axis 'seq' .*; add seq=1"),

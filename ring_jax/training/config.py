@@ -107,6 +107,9 @@ class TrainConfig:
     remat: Annotated[str, _one_of(REMAT_MODES)] = "attention"
     """What the backward pass computes again: nothing (none), all but the attention of each layer (attention), or whole
     layers (layer). Each keeps less in memory than the one before."""
+    offload: bool = False
+    """Keep what remat saves in the hosts' pinned memory until the backward pass needs it; for remat attention and
+    layer."""
     cpu_devices: Annotated[int | None, _shown("INT", "what --mesh needs, up to 8; 4 without it")] = None
     """Virtual CPU devices to make where there is no GPU."""
     checkpoint_every: int = 100
@@ -127,6 +130,8 @@ class TrainConfig:
         ):
             if value not in valid:
                 raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(str(name) for name in valid)}")
+        if self.offload and self.remat == "none":
+            raise ValueError("--offload moves what remat keeps, but --remat none keeps all: use attention or layer")
         for name in ("seq_len", "batch", "steps", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")

@@ -72,7 +72,9 @@ def _resolve(config: TrainConfig, mesh: Mesh) -> TrainConfig:
 
 def _step_config(config: TrainConfig, mesh: Mesh) -> StepConfig:
     attention = AttentionOptions(layout=config.layout, strategy=config.strategy, implementation=config.implementation)
-    model = dataclasses.replace(PRESETS[config.model], dtype=config.dtype, remat=config.remat, attention=attention)
+    model = dataclasses.replace(
+        PRESETS[config.model], dtype=config.dtype, remat=config.remat, offload=config.offload, attention=attention
+    )
     return StepConfig(model, config.optimizer, mesh, config.seq_len, config.batch, config.steps)
 
 
