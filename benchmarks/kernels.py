@@ -12,6 +12,7 @@ causal, and 2.5 times that backward.
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from ring_jax.kernels.registry import Target
 from .cases import ERROR_CONSTANTS, KERNEL_BENCHMARKS, PRECISION, REPLAYS, Case
 from .peers import PEERS, Passes
 from .replay import Replay, replay_backward, replay_forward
-from .timing import environment, median_seconds
+from .timing import Job, environment, median_seconds
 
 SAMPLED_ROWS = 32
 
@@ -206,43 +207,56 @@ def draw(program: Program) -> tuple[Array, ...]:
     return tuple(jax.random.normal(seed, x.shape, x.dtype) for seed, x in zip(seeds, shapes, strict=True))
 
 
-def measure(program: Program, name: str, build: Callable[..., Passes], arrays: tuple[Array, ...]) -> dict[str, Any]:
-    """One row: errors first, then times. A failure is a row that says why."""
-    row: dict[str, Any] = {"implementation": name, "case": program.case.label, "shards": program.replay.num_shards}
-    row["rank"] = program.replay.rank
-    try:
-        passes = build(program.case, *arrays)
-        # Peers take one block and no leading dim.
-        row["error"], row["dense_error"] = sampled_errors(program, passes, draw(program))
-        most = 2 * row["dense_error"] + ERROR_CONSTANTS[program.case.dtype]
-        if not row["error"] <= most:
-            raise ValueError(f"wrong result: error {row['error']:.3g} on sampled rows exceeds {most:.3g}")
-        for kind, fn, flops in (
-            ("forward", passes.forward, program.rank_flops),
-            ("backward", passes.backward, 2.5 * program.rank_flops),
-        ):
-            if fn is not None:
-                seconds = median_seconds(fn, wait=passes.wait)
-                row |= {f"{kind}_ms": 1e3 * seconds, f"{kind}_tflops": flops / seconds / 1e12}
-    except Exception as error:  # whatever a peer raises becomes its row
-        row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-    return row
+class Candidate(NamedTuple):
+    """One row to be: whose kernel, of which program, built how, from which arrays."""
+
+    program: Program
+    name: str
+    build: Callable[..., Passes]
+    arrays: tuple[Array, ...]
+
+
+def measure(candidates: list[Candidate]) -> list[dict[str, Any]]:
+    """A row each: errors first, then times, the candidates taking turns. A failure is a row that says why."""
+    rows, jobs = [], []
+    for program, name, build, arrays in candidates:
+        case, replay = program.case, program.replay
+        row: dict[str, Any] = {"implementation": name, "case": case.label}
+        row |= {"shards": replay.num_shards, "rank": replay.rank}
+        rows.append(row)
+        try:
+            passes = build(case, *arrays)
+            # Peers take one block and no leading dim.
+            row["error"], row["dense_error"] = sampled_errors(program, passes, draw(program))
+            most = 2 * row["dense_error"] + ERROR_CONSTANTS[case.dtype]
+            if not row["error"] <= most:
+                raise ValueError(f"wrong result: error {row['error']:.3g} on sampled rows exceeds {most:.3g}")
+        except Exception as error:  # whatever a peer raises becomes its row
+            row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+            continue
+        jobs.append((row, "forward", program.rank_flops, Job(passes.forward, passes.wait)))
+        if passes.backward is not None:
+            jobs.append((row, "backward", 2.5 * program.rank_flops, Job(passes.backward, passes.wait)))
+    times = median_seconds([job for *_, job in jobs])
+    for (row, kind, flops, _), seconds in zip(jobs, times, strict=True):
+        row |= {f"{kind}_ms": 1e3 * seconds, f"{kind}_tflops": flops / seconds / 1e12}
+    return rows
 
 
 def run(implementations: list[str], artifacts: Path | None, only: str) -> list[dict[str, Any]]:
     """All rows, printed as they come."""
     target = Target.of_device(jax.devices()[0])
     rows = []
-    for program in programs(implementations):
-        if only not in program.name:
-            continue
-        arrays = draw(program)
-        first = program.implementation == implementations[0]
-        if program.replay.num_shards == 1 and first:
+    chosen = [program for program in programs(implementations) if only in program.name]
+    for (_, replay), group in itertools.groupby(chosen, key=lambda program: (program.case, program.replay)):
+        group = list(group)
+        arrays = draw(group[0])
+        candidates = [Candidate(p, p.implementation, ours(p, target, artifacts), arrays) for p in group]
+        if replay.num_shards == 1:
             flat = (arrays[0], arrays[1][0], arrays[2][0], arrays[3])
-            rows += [measure(program, peer, build, flat) for peer, build in PEERS.items()]
-        rows.append(measure(program, program.implementation, ours(program, target, artifacts), arrays))
-        for row in rows[-len(PEERS) - 1 :] if program.replay.num_shards == 1 and first else rows[-1:]:
+            candidates = [Candidate(group[0], peer, build, flat) for peer, build in PEERS.items()] + candidates
+        rows += measure(candidates)
+        for row in rows[-len(candidates) :]:
             print(json.dumps(row), flush=True)
     return rows
 

@@ -3,8 +3,8 @@
 import datetime
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
@@ -12,24 +12,36 @@ MIN_SECONDS = 0.05
 REPEATS = 7
 
 
-def median_seconds(run: Callable[[], Any], *, wait: Callable[[Any], Any] = jax.block_until_ready) -> float:
-    """Median time of one `run()` in seconds, over `REPEATS` samples of enough calls to fill `MIN_SECONDS` each.
+class Job(NamedTuple):
+    """A function to time, and how to wait for its result."""
 
-    Calls are queued back to back and waited for once per sample, so that launches hide under the work before them.
+    run: Callable[[], Any]
+    wait: Callable[[Any], Any] = jax.block_until_ready
+
+
+def median_seconds(jobs: Sequence[Job]) -> list[float]:
+    """Median time of one `run()` of each job in seconds, over `REPEATS` samples of enough calls to fill `MIN_SECONDS`.
+
+    The jobs take turns, a sample each, so that a clock that changes with the device's temperature changes for all of
+    them. The calls of a sample are queued back to back and waited for once: launches hide under the work before them.
     """
-    wait(run())
-    wait(run())
-    start = time.perf_counter()
-    wait(run())
-    calls = max(1, round(MIN_SECONDS / (time.perf_counter() - start)))
-    return statistics.median(_sample(run, wait, calls) for _ in range(REPEATS))
+    calls = [_calls(job) for job in jobs]
+    rounds = [[_sample(job, n) for job, n in zip(jobs, calls, strict=True)] for _ in range(REPEATS)]
+    return [statistics.median(samples) for samples in zip(*rounds, strict=True)]
 
 
-def _sample(run: Callable[[], Any], wait: Callable[[Any], Any], calls: int) -> float:
+def _calls(job: Job) -> int:
+    """How many calls fill a sample, judged by the third one."""
+    job.wait(job.run())
+    job.wait(job.run())
+    return max(1, round(MIN_SECONDS / _sample(job, 1)))
+
+
+def _sample(job: Job, calls: int) -> float:
     start = time.perf_counter()
     for _ in range(calls - 1):
-        run()
-    wait(run())
+        job.run()
+    job.wait(job.run())
     return (time.perf_counter() - start) / calls
 
 
