@@ -109,7 +109,7 @@ def compile_ring(case: RingCase) -> tuple[CompiledRing, CompiledRing]:
     key_bytes, id_bytes = _device_bytes(k), 0 if ids is None else _device_bytes(ids)
     block_sent = hops * (2 * key_bytes + id_bytes)
     # dK and dV travel in float32, and make one hop more than K and V: home to their owner, rounded if complete.
-    is_complete = not kernels.has_fused_backward(_implementation(case, devices[0]))
+    is_complete = not kernels.has_fused_backward(_implementation(case, devices[0]), case.head_dim)
     gradients_sent = 2 * (_device_bytes(k, 4) * hops + (key_bytes if is_complete else _device_bytes(k, 4)))
 
     def compiled(name: str, fn: Callable, arguments: tuple, necessary_bytes: int, sent: int) -> CompiledRing:

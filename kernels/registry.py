@@ -4,23 +4,36 @@ import dataclasses
 import functools
 import importlib
 import logging
+import os
 from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from .batching import Mappable
 from .contract import AttentionState, BlockKernel, Gradients
 from .ptxas import miscompiling_reason
 from .triton_gpu import compute_capability
 from .triton_gpu import target as triton_target
 
-_MODULES = {"mosaic_gpu": "mosaic_gpu", "triton": "triton_gpu", "cudnn": "cudnn", "xla": "xla"}
+_MODULES = {
+    "mosaic_gpu": "mosaic_gpu",
+    "mosaic_gpu_deterministic": "mosaic_gpu_deterministic",
+    "triton": "triton_gpu",
+    "cudnn": "cudnn",
+    "xla": "xla",
+}
 IMPLEMENTATIONS = tuple(_MODULES)
 # Best first: the first that can compute a block on a device is its default. cudnn knows only full and diagonal blocks.
-_DEFAULTS = ("mosaic_gpu", "triton", "xla")
+_DEFAULTS = ("mosaic_gpu", "mosaic_gpu_deterministic", "triton", "xla")
+_MOSAIC = ("mosaic_gpu", "mosaic_gpu_deterministic")
 # Mosaic kernels take their state by reference, which `jax.shard_map` does not type yet.
-_WITHOUT_CHECK_VMA = ("mosaic_gpu",)
+_WITHOUT_CHECK_VMA = _MOSAIC
+# `jax.vmap` knows neither kernels that take references nor Triton's.
+_WITHOUT_VMAP = (*_MOSAIC, "triton")
+# XLA's options that forbid results which differ between two runs; its own attention, cuDNN's, obeys them too.
+_DETERMINISTIC_OPTIONS = ("--xla_gpu_exclude_nondeterministic_ops", "--xla_gpu_deterministic_ops")
 
 # NVIDIA's list of compute capabilities, for GPUs that a described mesh may have and this machine has not.
 _COMPUTE_CAPABILITIES = {
@@ -33,9 +46,6 @@ _COMPUTE_CAPABILITIES = {
     "L40S": 89,
 }
 _COMPUTE_CAPABILITIES |= {"H100": 90, "H200": 90, "GH200": 90, "B200": 100, "GB200": 100, "B300": 103, "GB300": 103}
-
-# Their backward is one kernel: dK and dV are there no sooner than dQ, which therefore cannot hide their last hop.
-_FUSED_BACKWARD = ("mosaic_gpu",)
 
 _log = logging.getLogger("ring_jax")
 
@@ -103,9 +113,13 @@ def works_with_check_vma(implementation: str) -> bool:
     return implementation not in _WITHOUT_CHECK_VMA
 
 
-def has_fused_backward(implementation: str) -> bool:
-    """Whether the ring must leave a part of a device's own block for last, to have something to hide its last hop."""
-    return implementation in _FUSED_BACKWARD
+def has_fused_backward(implementation: str, head_dim: int) -> bool:
+    """Whether one kernel computes dQ, dK and dV, so that dK and dV are there no sooner than dQ.
+
+    Then the ring must leave a part of a device's own block for last, to have something to hide its last hop. Such a
+    kernel adds the shares of dQ in no fixed order.
+    """
+    return implementation == "mosaic_gpu" and head_dim <= _module(implementation).MAX_FUSED_HEAD_DIM
 
 
 def load(implementation: str, target: Target) -> BlockKernel:
@@ -113,8 +127,8 @@ def load(implementation: str, target: Target) -> BlockKernel:
     kernel: BlockKernel = _module(implementation)  # pyright: ignore[reportAssignmentType]  (the module has its functions)
     if implementation == "triton":
         assert target.compute_capability is not None
-        return _TritonFor(kernel, target.compute_capability)
-    return kernel
+        kernel = _TritonFor(kernel, target.compute_capability)
+    return Mappable(kernel) if implementation in _WITHOUT_VMAP else kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,14 +149,16 @@ class _TritonFor:
 
 @functools.cache
 def _default(need: Need) -> str:
+    reasons: dict[str, str] = {}
     for name in _DEFAULTS:
         reason = _unsupported_reason(name, need)
         if reason is None:
             _log.info("attention on %s is computed by implementation %r", need.target.device_kind, name)
             return name
-        if need.target.platform == "gpu":
+        if need.target.platform == "gpu" and reason not in reasons.values():
             _log.warning("attention on %s: not by implementation %r: %s", need.target.device_kind, name, reason)
-    raise AssertionError("xla computes everything")
+        reasons[name] = reason
+    raise AssertionError(f"xla computes everything: {reasons}")
 
 
 def _unsupported_reason(implementation: str, need: Need) -> str | None:
@@ -150,9 +166,20 @@ def _unsupported_reason(implementation: str, need: Need) -> str | None:
     reason = module.unsupported_reason(need.target.compute_capability, need.head_dim, jnp.dtype(need.dtype))
     if reason is None and need.check_vma and not works_with_check_vma(implementation):
         return "it cannot stand inside jax.shard_map(check_vma=True): pass check_vma=False there"
-    if reason is None and implementation == "mosaic_gpu" and not need.target.is_compile_only:
+    if reason is None and has_fused_backward(implementation, need.head_dim) and _wants_determinism():
+        return (
+            "XLA_FLAGS forbids results that differ between two runs, and its backward pass adds to dQ in no fixed order"
+        )
+    if reason is None and implementation in _MOSAIC and not need.target.is_compile_only:
         return miscompiling_reason()
     return reason
+
+
+def _wants_determinism() -> bool:
+    """Whether the user told XLA to compute the same bits in every run. The last word on an option counts."""
+    words = (word.partition("=") for word in os.environ.get("XLA_FLAGS", "").split())
+    given = {option: value.lower() in ("", "true", "1") for option, _, value in words}
+    return any(given.get(option, False) for option in _DETERMINISTIC_OPTIONS)
 
 
 def _module(implementation: str) -> ModuleType:

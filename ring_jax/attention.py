@@ -94,7 +94,8 @@ def ring_attention(
         mesh: the mesh; if None, the one of `jax.set_mesh`.
         seq_axis: mesh axis, or tuple of axes, that T is sharded over.
         batch_axis, head_axis: the same for B, and for N and K; None, or axes the mesh lacks, leave a dim whole.
-        implementation: the kernel, one of `ring_jax.IMPLEMENTATIONS`; if None, the best for the mesh's devices.
+        implementation: the kernel, one of `ring_jax.IMPLEMENTATIONS`; if None, the best for the mesh's devices. With
+            `--xla_gpu_exclude_nondeterministic_ops` in XLA_FLAGS, the best that gives the same bits in every run.
         return_lse: whether to return the logsumexp of every row too (natural logarithm; -inf where nothing is seen).
 
     Returns:

@@ -157,7 +157,8 @@ def _attend_backward(options: RingOptions, residuals: tuple, cotangents: tuple[A
         (Block(key, value, segment_ids), delta, jnp.zeros((), jnp.float32))
     )
     dq = match_varying(jnp.broadcast_to(zero, query.shape), like=query)
-    late_keys = _inner_half(key.shape[1]) if kernels.has_fused_backward(options.implementation) else None
+    is_fused = kernels.has_fused_backward(options.implementation, query.shape[3])
+    late_keys = _inner_half(key.shape[1]) if is_fused else None
     if ring.size == 1:
         dq, (dk, dv) = compute(0, own_block, dq)
     else:

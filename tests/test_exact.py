@@ -308,7 +308,7 @@ def test_ring_that_leaves_half_of_its_own_block_for_last_is_exact(monkeypatch, i
     """What rings do whose backward kernel is fused, so that something hides the last hop of dK and dV."""
     inputs = make_inputs(Case(2, 40 * 3, 4, 2, 8, "float32", is_causal, segments="packed"), seed=1)
     halves, without = [], BlockMask.without
-    monkeypatch.setattr(ring.kernels, "has_fused_backward", lambda _: True)
+    monkeypatch.setattr(ring.kernels, "has_fused_backward", lambda *_: True)
     monkeypatch.setattr(BlockMask, "without", lambda mask, hidden: halves.append(hidden) or without(mask, hidden))
     jax.clear_caches()
     traced = _attend.trace(inputs, layout="zigzag", shards=3, is_causal=is_causal, scale=None)
