@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import matplotlib.pyplot as plt
 import tyro
+from matplotlib.axes import Axes
 from rich.console import Console
 from rich.table import Table
 
@@ -123,19 +124,28 @@ def main(args: Sequence[str] | None = None) -> None:
     plans = {model: [plan_row(row, model, console) for row in ROWS[: config.rows]] for model in models}
     for model, found in plans.items():
         console.print(_table(model, ROWS[: config.rows], found), soft_wrap=True)
-        for what, source in found[0].timing.sources.items():
-            console.print(f"  {what}: {source}", soft_wrap=True)
+        for line in _source_lines(found):
+            console.print(f"  {line}", soft_wrap=True, markup=False)
     console.print(_methods_table(1024 * K, 32))
     if config.out is not None:
         _write(config.out, ROWS[: config.rows], plans)
         console.print(f"wrote {config.out / 'article_table.json'} and {config.out / 'article_table.png'}")
 
 
-def _table(model: str, rows: Sequence[Row], plans: Sequence[Plan]) -> Table:
+def _source_lines(plans: Sequence[Plan]) -> list[str]:
+    """What the predictions of all rows rest on, each once."""
+    lines = [f"{what}: {source}" for plan in plans for what, source in plan.timing.sources.items()]
+    return sorted(set(lines), key=lines.index)
+
+
+def _describe(model: str) -> str:
     operation = f"attention of {HEADS} heads x {HEAD_DIM}, forward and backward"
-    what = operation if model == "attention" else f"{model} training step"
-    table = Table(title=f"{what}, {GPU}: memory planned, times predicted", title_justify="left")
-    columns = ("row", "article, GB", "planned, GB", "article, ms", "predicted, ms", "over ideal", "latency, ms")
+    return operation if model == "attention" else f"{model} training step"
+
+
+def _table(model: str, rows: Sequence[Row], plans: Sequence[Plan]) -> Table:
+    table = Table(title=f"{_describe(model)}, {GPU}: memory planned, times predicted", title_justify="left")
+    columns = ("row", "article GB", "planned GB", "article ms", "predicted ms", "over ideal", "latency ms")
     for column in columns:
         table.add_column(column, justify="right" if column != "row" else "left", overflow="fold")
     for row, plan in zip(rows, plans, strict=True):
@@ -170,16 +180,42 @@ def _write(folder: Path, rows: Sequence[Row], plans: dict[str, list[Plan]]) -> N
     ]
     content = {"rows": found, "methods": methods(1024 * K, 32)}
     (folder / "article_table.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    figure, axes = plt.subplots(1, len(plans), figsize=(5 * len(plans), 4), layout="constrained", squeeze=False)
-    for ax, (model, planned) in zip(axes[0], plans.items(), strict=True):
-        labels = [row.label for row in rows]
-        ax.bar(labels, [plan.peak_memory_bytes / 1e9 for plan in planned], label="ring_jax (planned)")
-        ax.plot(labels, [row.article_gb for row in rows], "ko", label="article")
-        ax.set(title=model, ylabel="GB per GPU")
-        ax.tick_params(axis="x", rotation=60)
-        ax.legend()
-    figure.savefig(folder / "article_table.png", dpi=150)
+    _draw(folder / "article_table.png", rows, plans)
+
+
+def _draw(path: Path, rows: Sequence[Row], plans: dict[str, list[Plan]]) -> None:
+    """Memory above, time below, a column for each model."""
+    figure, axes = plt.subplots(2, len(plans), figsize=(6 * len(plans), 8), layout="constrained", squeeze=False)
+    for (memory, time), (model, planned) in zip(axes.T, plans.items(), strict=True):
+        gigabytes = [plan.peak_memory_bytes / 1e9 for plan in planned]
+        _bars(memory, rows, "ring_jax, planned", gigabytes, [row.article_gb for row in rows])
+        memory.set(title=_describe(model), ylabel="GB per GPU", ylim=(0, 60))
+        # The article's times are those of the bare operation: a training step of 8B weights is another thing.
+        article = [row.article_ms for row in rows] if model == "attention" else []
+        milliseconds = [1e3 * plan.timing.seconds for plan in planned]
+        _bars(time, rows, "ring_jax, predicted", milliseconds, article)
+        time.set(ylabel="milliseconds per step", yscale="log", ylim=(100, 1e6))
+        time.set_xlabel("tokens / GPUs")
+    figure.suptitle(f"{GPU}: memory planned by compile, times predicted; the article has no rows of 64 and 128 GPUs")
+    figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _bars(ax: Axes, rows: Sequence[Row], label: str, ours: Sequence[float], article: Sequence[float | None]) -> None:
+    """Ours beside the article's, where it has a figure; every bar with its value."""
+    width = 0.4 if article else 0.6
+    shown = [(place, value) for place, value in enumerate(article) if value is not None]
+    groups = [(label, "tab:blue", -width / 2 if article else 0.0, list(enumerate(ours)))]
+    if article:
+        groups.append(("article", "silver", width / 2, shown))
+    for name, color, shift, values in groups:
+        bars = ax.bar([place + shift for place, _ in values], [v for _, v in values], width, label=name, color=color)
+        ax.bar_label(bars, [f"{v:,.0f}" if v >= 100 else f"{v:.1f}" for _, v in values], fontsize=7)
+    ax.set_xticks(range(len(rows)), [row.label for row in rows], fontsize=9)
+    ax.grid(axis="y", alpha=0.3)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, loc="upper left", ncols=2)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,14 @@ the bare operation, and what remat saves in a training step.
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import matplotlib.pyplot as plt
 import tyro
+from matplotlib.ticker import NullLocator
 from rich.console import Console
 
 from ring_jax.planning import Cluster, Plan, Workload, find_model, leave_gpus_alone, make_plan
@@ -80,13 +82,30 @@ def _write(config: Config, sizes: Sequence[int], found: Sequence[float]) -> None
     content = dict(zip(("gpus", "activation_bytes", "ratio_to_half"), (config.gpus, sizes, found), strict=True))
     path = config.out / f"doubling-{config.model}.json"
     path.write_text(json.dumps({"model": config.model, "seq_len": config.seq_len, **content}) + "\n", encoding="utf-8")
-    figure, ax = plt.subplots(figsize=(5, 4), layout="constrained")
-    ax.loglog(config.gpus, [size / 1e9 for size in sizes], "o-", base=2, label="planned")
-    ideal = [sizes[0] / 1e9 * config.gpus[0] / count for count in config.gpus]
-    ax.loglog(config.gpus, ideal, "k--", base=2, label="halving exactly")
-    ax.set(xlabel="GPUs", ylabel="activations per GPU, GB", title=f"{config.model}, {config.seq_len} tokens")
-    ax.legend()
-    figure.savefig(path.with_suffix(".png"), dpi=150)
+    _draw(path.with_suffix(".png"), config, [size / 1e9 for size in sizes])
+
+
+def _draw(path: Path, config: Config, gigabytes: Sequence[float]) -> None:
+    """Both axes logarithmic, so that halving is a straight line."""
+    figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    ideal = [gigabytes[0] * config.gpus[0] / count for count in config.gpus]
+    ax.plot(config.gpus, ideal, "--", color="silver", label="half for every doubling")
+    ax.plot(config.gpus, gigabytes, "o", color="tab:blue", label="planned by compile")
+    for count, size in zip(config.gpus, gigabytes, strict=True):
+        ax.annotate(f"{size:.2f}", (count, size), textcoords="offset points", xytext=(8, 4), fontsize=8)
+    ax.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="activations of one GPU, GB")
+    ax.set_title(f"{config.model}, {config.seq_len} tokens, {config.gpu}", loc="left")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter("{x:g}")
+    ax.set_xticks(config.gpus)
+    ax.set_yticks(
+        [2.0**power for power in range(math.floor(math.log2(min(ideal))), math.ceil(math.log2(ideal[0])) + 1)]
+    )
+    ax.grid(alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 

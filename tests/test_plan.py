@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from benchmarks.cases import KERNEL_BENCHMARKS
-from benchmarks.rates import measured_rates, merge
+from benchmarks.cases import KERNEL_BENCHMARKS, REPLAYS
+from benchmarks.rates import measured_rates, measured_replays, merge
 from ring_jax import plan as command
 from ring_jax.cluster import Schedule
 from ring_jax.data import Batch
@@ -29,6 +30,7 @@ from ring_jax.training.step import StepConfig, TrainStep
 CLUSTER = Cluster.of("h100", "seq=4")
 SEQ_LEN = 64 * 1024
 HOST_MEMORY = int(2e12)
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
 def _workload(*, offload: bool = False, seq_len: int = SEQ_LEN, layout: str = "zigzag") -> Workload:
@@ -157,10 +159,14 @@ def test_a_rate_of_another_gpu_says_so():
 
 
 def test_the_model_is_checked_against_every_measurement():
+    results = json.loads((RESULTS / "kernels-nvidia-h200.json").read_text())
+    rates, replays = measured_rates(results, "h200"), measured_replays(results, "h200")
+    assert len(rates) >= 20
+    assert len(replays) >= 4
     checks = check_rates()
-    assert len(checks) >= 10
     assert all(math.isfinite(check.error) for check in checks)
-    assert any("replay" in check.what for check in checks)
+    checked = {(check.what.split()[0], check.what.split()[1], check.measured) for check in checks}
+    assert {(row["implementation"], row["direction"], row["tflops"]) for row in rates + replays} <= checked
 
 
 def _linear(plan: Plan, length: int) -> Plan:
@@ -265,18 +271,26 @@ def test_a_hugging_face_config_makes_the_preset(tmp_path):
 
 
 def test_measured_rates_replace_older_ones_of_the_same_kernel():
-    case = KERNEL_BENCHMARKS[0]
+    case, (ring, shards) = KERNEL_BENCHMARKS[0], REPLAYS[0]
+    one = {"implementation": "triton", "case": case.label, "shards": 1, "rank": 0}
     results = {
         "environment": {"date": "2026-12-01", "jax": "0.11.2"},
         "rows": [
-            {"implementation": "triton", "case": case.label, "shards": 1, "forward_tflops": 400.04},
-            {"implementation": "triton", "case": case.label, "shards": 8, "forward_tflops": 390.0},
-            {"implementation": "jax cuDNN", "case": case.label, "shards": 1, "forward_tflops": 578.0},
-            {"implementation": "xla", "case": case.label, "shards": 1, "failed": "out of memory"},
+            one | {"forward_tflops": 400.04},
+            one | {"implementation": "jax cuDNN", "forward_tflops": 578.0},
+            one | {"implementation": "xla", "failed": "out of memory"},
+            one | {"case": ring.label, "shards": shards, "rank": 7, "backward_tflops": 390.0},
         ],
     }
     (rate,) = measured_rates(results, "h200")
     assert (rate["tflops"], rate["tokens"], rate["implementation"]) == (400.0, case.seq_len, "triton")
     assert Measurement(**rate).tflops == 400.0
-    once = merge({"rates": [rate | {"tflops": 1.0}, rate | {"gpu": "h100"}], "replays": []}, [rate])
-    assert [row["tflops"] for row in once["rates"]] == [400.0, 400.0]
+    (replay,) = measured_replays(results, "h200")
+    assert (replay["direction"], replay["rank"], replay["tokens_per_gpu"]) == ("backward", 7, ring.seq_len // shards)
+    older = {
+        "rates": [rate | {"tflops": 1.0}, rate | {"gpu": "h100"}],
+        "replays": [replay | {"tflops": 1.0}, replay | {"rank": 0}],
+    }
+    merged = merge(older, [rate], [replay])
+    assert [row["tflops"] for row in merged["rates"]] == [400.0, 400.0]
+    assert [(row["rank"], row["tflops"]) for row in merged["replays"]] == [(0, 390.0), (7, 390.0)]

@@ -33,6 +33,25 @@ class Measurement:
     size: int = 0
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Replay:
+    """The measured rate of all steps of one rank of a zigzag ring, run one after the other on one GPU."""
+
+    direction: str
+    implementation: str
+    gpu: str
+    num_shards: int
+    rank: int
+    tokens_per_gpu: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    tflops: float
+    date: str
+    versions: str
+    source: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Rate:
     """FLOP/s that a prediction uses, and how they were found."""
@@ -74,27 +93,46 @@ def matmul_rate(gpu: str, sheet: Datasheet) -> Rate:
 
 
 def check_rates() -> list[Check]:
-    """Every measurement against what the model says without it, and replayed rings against whole kernels.
+    """The time model against every measurement: whole kernels, and ranks of rings replayed on one GPU.
 
-    Each attention rate is predicted from the others of its kernel and direction; TFLOP/s. A replay is predicted as the
-    rate of causal blocks, which is what a zigzag rank computes at each step, over that of an unmasked kernel.
+    Each kernel's rate, in TFLOP/s, is predicted from the others of its kernel and direction. A replay is predicted as a
+    plan predicts it, from the kernel's rate at a shard's length; where only a ratio to an unmasked kernel is known, as
+    that of causal blocks, which is what a zigzag rank computes at each step, to it.
     """
-    checks = []
+    kernels = [check for one in _measurements() if one.operation == "attention" for check in _check_kernel(one)]
+    return kernels + [_check_replay(replay) for replay in _replays()] + _check_ratios()
+
+
+def _check_kernel(one: Measurement) -> list[Check]:
     attention = [m for m in _measurements() if m.operation == "attention"]
-    for one in attention:
-        others = [m for m in attention if m is not one and _kind(m) == _kind(one) and m.is_causal]
-        if others:
-            sheet = DATASHEETS[one.gpu]
-            rate = _from_nearest(others, one.implementation, one.gpu, sheet, one.tokens, one.head_dim)
-            mask = "causal" if one.is_causal else "full"
-            what = f"{one.implementation} {one.direction} T{one.tokens} N{one.num_heads} H{one.head_dim} {mask}"
-            checks.append(Check(what, rate.flops / 1e12, one.tflops))
-    full = next((m for m in attention if not m.is_causal and m.direction == "forward"), None)
-    if full:
-        causal = attention_rate(full.implementation, full.gpu, DATASHEETS[full.gpu], "forward", full.tokens, 128)
-        for replay in _file()["replays"]:
-            what = f"replay of a rank of {replay['num_shards']}, {replay['tokens_per_gpu']} tokens a GPU, of full rate"
-            checks.append(Check(what, causal.flops / full.tflops / 1e12, statistics.mean(replay["ratio_to_full_mask"])))
+    others = [m for m in attention if m is not one and _kind(m) == _kind(one) and m.is_causal]
+    if not others:
+        return []
+    rate = _from_nearest(others, one.implementation, one.gpu, DATASHEETS[one.gpu], one.tokens, one.head_dim)
+    mask = "causal" if one.is_causal else "full"
+    what = f"{one.implementation} {one.direction} T{one.tokens} N{one.num_heads} H{one.head_dim} {mask}"
+    return [Check(what, rate.flops / 1e12, one.tflops)]
+
+
+def _check_replay(one: Replay) -> Check:
+    sheet = DATASHEETS[one.gpu]
+    rate = attention_rate(one.implementation, one.gpu, sheet, one.direction, one.tokens_per_gpu, one.head_dim)
+    what = f"{one.implementation} {one.direction} replay of rank {one.rank} of {one.num_shards}, T{one.tokens_per_gpu}"
+    return Check(f"{what} N{one.num_heads} H{one.head_dim}", rate.flops / 1e12, one.tflops)
+
+
+def _check_ratios() -> list[Check]:
+    checks = []
+    for ratio in _file()["replay_ratios"]:
+        measured = [m for m in _measurements() if _kind(m) == (ratio["implementation"], ratio["gpu"], "forward")]
+        full = next((m for m in measured if not m.is_causal), None)
+        if full:
+            sheet = DATASHEETS[full.gpu]
+            causal = attention_rate(full.implementation, full.gpu, sheet, "forward", full.tokens, full.head_dim)
+            ring = f"a rank of {ratio['num_shards']}, T{ratio['tokens_per_gpu']}"
+            what = f"{full.implementation} forward replay of {ring}, over the full rate"
+            ours, theirs = causal.flops / full.tflops / 1e12, statistics.mean(ratio["ratio_to_full_mask"])
+            checks.append(Check(what, ours, theirs))
     return checks
 
 
@@ -132,6 +170,11 @@ def _scaled(m: Measurement, gpu: str, sheet: Datasheet, what: str) -> Rate:
 @functools.cache
 def _measurements() -> tuple[Measurement, ...]:
     return tuple(Measurement(**row) for row in _file()["rates"])
+
+
+@functools.cache
+def _replays() -> tuple[Replay, ...]:
+    return tuple(Replay(**row) for row in _file()["replays"])
 
 
 @functools.cache
