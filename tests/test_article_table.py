@@ -36,13 +36,18 @@ def test_the_first_row_is_planned_and_labelled(tmp_path, capsys):
     assert (tmp_path / "article_table.png").stat().st_size > 0
 
 
-def test_twice_the_gpus_halve_the_activations():
+def test_ratios_are_to_half_of_the_size_before():
+    assert doubling.ratios([8, 4, 3]) == [1, 1.5]
+
+
+def test_four_times_the_gpus_quarter_the_activations():
+    """Stricter than halving twice: both steps together stay within what one may deviate."""
     model = find_model("attention", heads="4/4", head_dim=64, remat="layer", offload=False)
-    sizes = []
-    for count in (2, 4, 8):
-        workload = Workload(name="attention", model=model, seq_len=64 * 1024, implementation="triton")
-        plan = make_plan(
-            workload, Cluster.of("h100", f"seq={count}"), host_memory=int(2e12), progress=lambda text: None
+    workload = Workload(name="attention", model=model, seq_len=64 * 1024, implementation="triton")
+    few, many = (
+        doubling.activation_bytes(
+            make_plan(workload, Cluster.of("h100", mesh), host_memory=int(2e12), progress=lambda text: None)
         )
-        sizes.append(doubling.activation_bytes(plan))
-    assert doubling.ratios(sizes) == pytest.approx([1, 1], abs=doubling.MAX_DEVIATION)
+        for mesh in ("seq=2", "seq=8")
+    )
+    assert many == pytest.approx(few / 4, rel=doubling.MAX_DEVIATION)
