@@ -1,6 +1,5 @@
 """The Mosaic GPU kernels without a GPU: numbers and races in the interpreter, registers from the compiler."""
 
-import re
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.registers import compile_mosaic
 from ring_jax.cluster import compile_only_devices
 from ring_jax.kernels import mosaic_gpu
 from ring_jax.kernels.contract import AttentionState, BlockMask
@@ -51,21 +51,21 @@ def test_two_pass_backward_agrees_with_the_oracle_without_races(case, capfd):
 
 @pytest.mark.parametrize("segments", [False, True])
 @pytest.mark.parametrize("head_dim", [96, 128])
-def test_forward_compiles_for_hopper_in_place_without_spills(head_dim, segments, monkeypatch, capfd):
+def test_forward_compiles_for_hopper_in_place_without_spills(head_dim, segments):
     q, k, state, mask = _shapes(head_dim, segments)
     forward = jax.jit(lambda *args: mosaic_gpu.forward(*args, scale=0.1), donate_argnums=3)
-    _check_compiled(forward, (q, k, k, state, mask), jax.tree.leaves(state), monkeypatch, capfd)
+    _check_compiled(forward, (q, k, k, state, mask), jax.tree.leaves(state))
 
 
 @pytest.mark.parametrize(
     ("head_dim", "backward"),
     [(128, mosaic_gpu.backward), (64, mosaic_gpu.deterministic_backward), (256, mosaic_gpu.backward)],
 )
-def test_backward_compiles_for_hopper_in_place_without_spills(head_dim, backward, monkeypatch, capfd):
+def test_backward_compiles_for_hopper_in_place_without_spills(head_dim, backward):
     q, k, state, mask = _shapes(head_dim, segments=False)
     run = jax.jit(lambda *args: backward(*args, scale=0.1), donate_argnums=6)
     args = (q, k, k, q, state.lse, state.lse, state.output, mask)
-    _check_compiled(run, args, [state.output], monkeypatch, capfd)
+    _check_compiled(run, args, [state.output])
 
 
 def _shapes(head_dim: int, segments: bool) -> Any:
@@ -81,13 +81,13 @@ def _shapes(head_dim: int, segments: bool) -> Any:
     return q, k, state, BlockMask(positions, positions, ids, ids, is_causal=True)
 
 
-def _check_compiled(function, args, donated, monkeypatch, capfd) -> None:
+def _check_compiled(function, args, donated) -> None:
     """Nothing is spilled, and what is donated is updated where it lies: no temporary is as large as an array."""
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    memory = function.lower(*args).compile().memory_analysis()
-    spills = re.findall(r"(\d+) bytes spill stores", capfd.readouterr().out)
-    assert spills
-    assert all(int(spilled) == 0 for spilled in spills)
+    compiled, usage = compile_mosaic(function, *args)
+    assert usage
+    assert [use for use in usage if use.spills] == []
+    memory = compiled.memory_analysis()
+    assert memory is not None
     donated_bytes = sum(4 * array.size for array in donated)
     assert memory.alias_size_in_bytes == donated_bytes
     assert memory.temp_size_in_bytes < donated_bytes / 100
