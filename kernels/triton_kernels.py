@@ -17,6 +17,10 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+# A carried state enters a block as sums relative to 2^-24 of its logsumexp: weights relative to the logsumexp itself
+# would be tiny after many blocks, and float16 has no room below 2^-14. A key that weighs less is lost in float32 too.
+STATE_BITS = tl.constexpr(24.0)
+STATE_WEIGHT = tl.constexpr(2.0**24)
 
 
 @triton.jit
@@ -130,10 +134,11 @@ def forward_kernel(query, key, value, q_positions, k_positions, q_segment_ids, k
                    PADDED_DIM: tl.constexpr, Q_TILE: tl.constexpr, K_TILE: tl.constexpr, IS_CAUSAL: tl.constexpr,
                    HAS_SEGMENTS: tl.constexpr, PRECISION: tl.constexpr, USE_TMA: tl.constexpr, HAS_STATE: tl.constexpr,
                    IN_PLACE: tl.constexpr):  # fmt: skip
-    """Grid (query tiles, N, B). The softmax over this block alone, then one merge with the running state, if any.
+    """Grid (query tiles, N, B). Continues the softmax of a state, if there is one: `given_output` and `given_lse`, or
+    with `IN_PLACE` what `output` and `lse` hold.
 
-    Weights relative to the state's logsumexp would be tiny after many blocks, and float16 has no room below 6e-5. The
-    state is `given_output` and `given_lse`, or with `IN_PLACE` what `output` and `lse` hold.
+    In float32 the block is summed by itself and merged at the end: in one sum over a million keys the small steps would
+    lose two digits. In 16 bits that is far below the rounding of the weights, and one sum takes fewer registers.
     """
     # Under a causal mask the last queries meet the most keys: start with those, so that the short tiles fill the tail.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -149,9 +154,19 @@ def forward_kernel(query, key, value, q_positions, k_positions, q_segment_ids, k
     if (not IN_PLACE) or start < end:
         first = tile * Q_TILE
         q = _load_tile(query, batch, head, first, num_queries, Q_SHAPE, False, USE_TMA)
-        acc = tl.zeros([Q_TILE, PADDED_DIM], dtype=tl.float32)
-        peak = tl.full([Q_TILE], float("-inf"), dtype=tl.float32)
-        total = tl.zeros([Q_TILE], dtype=tl.float32)
+        rows = first + tl.arange(0, Q_TILE)
+        statistics = (tl.cast(batch, tl.int64) * NUM_HEADS + head) * num_queries + rows
+        old_output, old_lse = given_output, given_lse
+        if IN_PLACE:
+            old_output, old_lse = output, lse
+        if HAS_STATE and q.dtype != tl.float32:
+            acc = _load_tile(old_output, batch, head, first, num_queries, Q_SHAPE, False, False) * STATE_WEIGHT
+            peak = tl.load(old_lse + statistics, mask=rows < num_queries, other=float("-inf")) * LOG2_E - STATE_BITS
+            total = tl.where(peak == float("-inf"), 0.0, STATE_WEIGHT)
+        else:
+            acc = tl.zeros([Q_TILE, PADDED_DIM], dtype=tl.float32)
+            peak = tl.full([Q_TILE], float("-inf"), dtype=tl.float32)
+            total = tl.zeros([Q_TILE], dtype=tl.float32)
         exponent_scale = scale * LOG2_E
 
         for step in range(full_start, full_end):
@@ -180,12 +195,7 @@ def forward_kernel(query, key, value, q_positions, k_positions, q_segment_ids, k
             weights, total, peak, correction = _softmax(scores, total, peak, exponent_scale, visible, True)
             acc = _add_product(acc * correction[:, None], weights.to(v.dtype), v, PRECISION)
 
-        rows = first + tl.arange(0, Q_TILE)
-        statistics = (tl.cast(batch, tl.int64) * NUM_HEADS + head) * num_queries + rows
-        if HAS_STATE or IN_PLACE:
-            old_lse, old_output = given_lse, given_output
-            if IN_PLACE:
-                old_lse, old_output = lse, output
+        if HAS_STATE and q.dtype == tl.float32:
             old_peak = tl.load(old_lse + statistics, mask=rows < num_queries, other=float("-inf")) * LOG2_E
             new_peak = tl.maximum(peak, old_peak)
             shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
