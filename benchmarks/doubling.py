@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import matplotlib.pyplot as plt
 import tyro
 from matplotlib.ticker import NullLocator
@@ -59,29 +60,37 @@ def main(args: Sequence[str] | None = None) -> None:
     seq_len = parse_seq_len(config.seq_len)
     model = find_model(config.model, heads="32/32", head_dim=128, remat="layer", offload=False)
     workload = Workload(name=config.model, model=model, seq_len=seq_len)
-    sizes = []
+    sizes, peaks = [], []
     for count in config.gpus:
         with console.status(f"compiling {config.model} on {count} GPUs ..."):
             cluster = Cluster.of(config.gpu, f"seq={count}")
             plan = make_plan(workload, cluster, host_memory=int(2e12), progress=lambda text: None)
         sizes.append(activation_bytes(plan))
-        console.print(
-            f"{count:4d} GPUs: {sizes[-1] / 1e9:.3f} GB of activations, peak {plan.peak_memory_bytes / 1e9:.2f}"
-        )
+        peaks.append(plan.peak_memory_bytes)
+        console.print(f"{count:4d} GPUs: {sizes[-1] / 1e9:.3f} GB of activations, peak {peaks[-1] / 1e9:.2f}")
     found = ratios(sizes)
     worst = max(abs(ratio - 1) for ratio in found)
     verdict = "halves" if worst <= MAX_DEVIATION else "does NOT halve"
     console.print(f"doubling {verdict}: within {worst:.2%} (limit {MAX_DEVIATION:.0%})")
     if config.out is not None:
-        _write(config, sizes, found)
+        _write(config, sizes, peaks, found)
 
 
-def _write(config: Config, sizes: Sequence[int], found: Sequence[float]) -> None:
+def _write(config: Config, sizes: Sequence[int], peaks: Sequence[int], found: Sequence[float]) -> None:
     assert config.out is not None
     config.out.mkdir(parents=True, exist_ok=True)
-    content = dict(zip(("gpus", "activation_bytes", "ratio_to_half"), (config.gpus, sizes, found), strict=True))
+    content = {
+        "model": config.model,
+        "seq_len": config.seq_len,
+        "gpu": config.gpu,
+        "jax": jax.__version__,
+        "gpus": config.gpus,
+        "activation_bytes": sizes,
+        "peak_bytes": peaks,
+        "ratio_to_half": found,
+    }
     path = config.out / f"doubling-{config.model}.json"
-    path.write_text(json.dumps({"model": config.model, "seq_len": config.seq_len, **content}) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content) + "\n", encoding="utf-8")
     _draw(path.with_suffix(".png"), config, [size / 1e9 for size in sizes])
 
 
