@@ -66,15 +66,21 @@ class Target:
     @classmethod
     def of_device(cls, device: jax.Device) -> "Target":
         """The target that a device of the mesh is; compile-only devices included."""
-        capability = compute_capability(device)
-        is_compile_only = capability is not None and device not in jax.devices()
-        return cls(device.platform, device.device_kind, capability, is_compile_only)
+        return cls(device.platform, device.device_kind, compute_capability(device), not _exists(device))
 
     @classmethod
     def of_kind(cls, platform: str, device_kind: str) -> "Target":
         """The target of devices that are only described, by the product name that `device_kind` begins with."""
         known = (number for name, number in _COMPUTE_CAPABILITIES.items() if name in device_kind.split())
         return cls(platform, device_kind, next(known, None) if platform == "gpu" else None, is_compile_only=True)
+
+
+def _exists(device: jax.Device) -> bool:
+    """Whether the device is one of this program's processes, on any platform, and not only described."""
+    try:
+        return device in jax.devices(device.platform)
+    except RuntimeError:
+        return False
 
 
 @dataclasses.dataclass(frozen=True)

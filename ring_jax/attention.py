@@ -348,7 +348,13 @@ def _default_scale(scale: float | None, head_dim: int) -> float:
 def _check_mesh(mesh: Mesh | AbstractMesh | None, query: Array) -> None:
     if not isinstance(mesh, Mesh | AbstractMesh | None):
         raise ValueError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}: make one with jax.make_mesh")
-    if isinstance(mesh, AbstractMesh) and not mesh.manual_axes and not isinstance(query, Tracer):
+    if mesh is None or isinstance(query, Tracer):
+        return
+    if isinstance(mesh, Mesh):
+        described = kernels.Target.of_device(mesh.devices.flat[0]).is_compile_only
+    else:
+        described = not mesh.manual_axes
+    if described:
         raise ValueError(
             f"mesh {mesh} describes {mesh.size} devices but has none, so nothing can run on it: "
             f"make a mesh of real ones with jax.make_mesh (there are {jax.device_count()}), or only compile, under jit"

@@ -7,6 +7,8 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from ring_jax import ring_attention, ring_attention_shard
+from ring_jax.cluster import compile_only_devices
+from ring_jax.mesh import make_mesh
 
 
 def _mesh(**axes: int) -> Mesh:
@@ -81,6 +83,10 @@ WRONG_CALLS = {
     "scale in an array": ({"scale": jnp.float32(0.1)}, ["scale", "multiply the query"]),
     "no mesh": ({"mesh": None}, ["no mesh", "mesh=", "jax.set_mesh"]),
     "something else for a mesh": ({"mesh": "seq=4"}, ["mesh", "'seq=4'", "jax.make_mesh"]),
+    "mesh of GPUs that are not there": (
+        {"mesh": Mesh(compile_only_devices("h100", gpus_per_host=4), ("seq",))},
+        ["4 devices", "there are 8", "jax.make_mesh", "only compile"],
+    ),
     "mesh of no devices": (
         {"mesh": AbstractMesh((16,), ("seq",), (AxisType.Auto,))},
         ["16", "devices", "jax.make_mesh"],
@@ -94,6 +100,14 @@ def test_error_names_the_value_and_the_cure(changes, words):
         ring_attention(**(GOOD | changes))
     for word in words:
         assert word in str(raised.value), str(raised.value)
+
+
+def test_a_mesh_larger_than_the_devices():
+    """The trainer's way of making one, and jax's, which the README explains."""
+    with pytest.raises(ValueError, match=r"mesh 'data=2,seq=8' needs 16 devices, but there are 8 .* at most 8"):
+        make_mesh({"data": 2, "seq": 8})
+    with pytest.raises(ValueError, match=r"Number of devices 8 must be >= the product of mesh_shape \(2, 8\)"):
+        jax.make_mesh((2, 8), ("data", "seq"))
 
 
 def test_the_good_call_is_good():

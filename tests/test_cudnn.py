@@ -11,8 +11,8 @@ import pytest
 from ring_jax.kernels import cudnn
 from ring_jax.kernels.contract import AttentionState, BlockMask
 from ring_jax.kernels.reference import reference_attention, visible_pairs
-from tests.budget import assert_within_budget
 from tests.block_cases import Case, arrays, blocks, failures
+from tests.budget import assert_within_budget
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from ring_jax.kernels import Need, Target, choose, ptxas, registry
 
 REPORT = "ptxas: NVIDIA (R) Ptx optimizing assembler\\nCuda compilation tools, release {0}.{1}, V{0}.{1}.{2}"
 
+
 @pytest.fixture(autouse=True)
 def fresh_judgement():
     """Versions are asked for, and defaults chosen, once in a process."""

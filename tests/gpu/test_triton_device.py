@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from ring_jax.kernels.reference import reference_attention, visible_pairs
+from tests.block_cases import arrays, failures
 from tests.budget import allowed, assert_does_not_grow, assert_within_budget, error
 from tests.gpu.triton_programs import CASES, LONG_KEYS, LONG_SHAPE, MANY_BLOCKS, ONE_BLOCK, load, long_program, program
-from tests.block_cases import arrays, failures
 
 pytestmark = pytest.mark.gpu
 
