@@ -48,17 +48,23 @@ class Config:
     """Models and lengths, as MODEL/TOKENS."""
     remat: str = "layer"
     """What the backward pass computes again, as in ring_jax.plan."""
+    offload: bool = False
+    """Keep what remat saves in the host's pinned memory, as in ring_jax.plan."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Where to write memory-GPU.json. None: print only."""
+    """Where to write memory-GPU.json, or memory-offload-GPU.json. None: print only."""
+
+    @property
+    def title(self) -> str:
+        return f"remat {self.remat}" + (", offload" if self.offload else "")
 
 
-def workload_of(pair: str, remat: str, implementation: str | None = None) -> Workload:
+def workload_of(pair: str, *, remat: str, offload: bool) -> Workload:
     """The training step of a pair such as "small/128K". Raises ValueError for what is no model or no length."""
     name, slash, seq_len = pair.partition("/")
     if not slash:
         raise ValueError(f"pair {pair!r}: write MODEL/TOKENS, such as small/128K")
-    model = find_model(name, heads="", head_dim=0, remat=remat, offload=False)
-    return Workload(name=name, model=model, seq_len=parse_seq_len(seq_len), implementation=implementation)
+    model = find_model(name, heads="", head_dim=0, remat=remat, offload=offload)
+    return Workload(name=name, model=model, seq_len=parse_seq_len(seq_len))
 
 
 def gpu_of(device_kind: str) -> str:
@@ -104,7 +110,7 @@ def measure(workload: Workload) -> dict[str, Any]:
     """Bytes and median seconds of a training step on the first GPU; must be the first to use it in its process."""
     step = train_step(workload, make_mesh({"seq": 1}))
     run = step.lower().compile()
-    state = step.init(0)
+    state = jax.block_until_ready(step.init(0))
     rows = np.random.default_rng(0).integers(0, 256, (workload.batch, workload.seq_len), np.int32)
     batch = jax.block_until_ready(step.place(Batch(rows, np.roll(rows, -1, axis=1), np.ones_like(rows))))
     device = jax.devices()[0]
@@ -138,16 +144,17 @@ def main(args: Sequence[str] | None = None) -> int:
     config = tyro.cli(Config, args=args)
     console = Console(highlight=False, markup=False)
     try:
-        workloads = {pair: workload_of(pair, config.remat) for pair in config.pairs}
+        workloads = {pair: workload_of(pair, remat=config.remat, offload=config.offload) for pair in config.pairs}
         about, rows = _compare(workloads, console)
     except ValueError as error:
         console.print(f"error: {error}", soft_wrap=True)
         return 2
-    console.print(_table(about["device"], config.remat, rows))
+    console.print(_table(f"one training step on one {about['device']}, {config.title}", rows))
     if config.out is not None:
-        path = config.out / f"memory-{about['device'].lower().replace(' ', '-')}.json"
+        kind = "memory-offload" if config.offload else "memory"
+        path = config.out / f"{kind}-{about['device'].lower().replace(' ', '-')}.json"
         config.out.mkdir(parents=True, exist_ok=True)
-        content = {"environment": about, "remat": config.remat, "rows": rows}
+        content = {"environment": about, "remat": config.remat, "offload": config.offload, "rows": rows}
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         console.print(f"wrote {path}", soft_wrap=True)
     worst = max(abs(row["error"]) for row in rows)
@@ -174,8 +181,8 @@ def _compare(workloads: Mapping[str, Workload], console: Console) -> tuple[dict[
     return seen["environment"], rows
 
 
-def _table(device: str, remat: str, rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title=f"one training step on one {device}, remat {remat}", title_justify="left")
+def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title=title, title_justify="left")
     columns = ("model/tokens", "kernel", "planned, MB", "compiled there, MB", "measured, MB", "plan's error")
     for column in (*columns, "predicted, s", "measured, s"):
         table.add_column(column, justify="right" if column not in columns[:2] else "left", overflow="fold")
