@@ -184,12 +184,13 @@ def _compare(workloads: Mapping[str, Workload], console: Console) -> tuple[dict[
 def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     table = Table(title=title, title_justify="left")
     columns = ("model/tokens", "kernel", "planned, MB", "compiled there, MB", "measured, MB", "plan's error")
-    for column in (*columns, "predicted, s", "measured, s"):
+    for column in (*columns, "predicted, s", "measured, s", "prediction's error"):
         table.add_column(column, justify="right" if column not in columns[:2] else "left", overflow="fold")
     for row in rows:
         sizes = (f"{row[name] / 1e6:,.1f}" for name in ("planned_bytes", "compiled_there_bytes", "measured_bytes"))
         times = (f"{row[name]:.3f}" for name in ("predicted_seconds", "measured_seconds"))
-        table.add_row(row["pair"], row["implementation"], *sizes, f"{row['error']:+.3%}", *times)
+        time_error = row["predicted_seconds"] / row["measured_seconds"] - 1
+        table.add_row(row["pair"], row["implementation"], *sizes, f"{row['error']:+.3%}", *times, f"{time_error:+.1%}")
     return table
 
 
