@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import jax
 import numpy as np
 import tyro
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 
 from ring_jax import kernels
@@ -149,7 +149,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except ValueError as error:
         console.print(f"error: {error}", soft_wrap=True)
         return 2
-    console.print(_table(f"one training step on one {about['device']}, {config.title}", rows))
+    console.print(_tables(f"one training step on one {about['device']}, {config.title}", rows))
     if config.out is not None:
         kind = "memory-offload" if config.offload else "memory"
         path = config.out / f"{kind}-{about['device'].lower().replace(' ', '-')}.json"
@@ -181,16 +181,23 @@ def _compare(workloads: Mapping[str, Workload], console: Console) -> tuple[dict[
     return seen["environment"], rows
 
 
-def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    columns = ("model/tokens", "kernel", "planned, MB", "compiled there, MB", "measured, MB", "plan's error")
-    for column in (*columns, "predicted, s", "measured, s", "prediction's error"):
-        table.add_column(column, justify="right" if column not in columns[:2] else "left", overflow="fold")
+def _tables(title: str, rows: Sequence[dict[str, Any]]) -> Group:
+    """Memory first, then times."""
+    memory = _table(f"{title}: memory", ("pair", "kernel", "planned MB", "compiled there MB", "measured MB", "error"))
+    times = _table("step times", ("pair", "kernel", "predicted s", "measured s", "error"))
     for row in rows:
         sizes = (f"{row[name] / 1e6:,.1f}" for name in ("planned_bytes", "compiled_there_bytes", "measured_bytes"))
-        times = (f"{row[name]:.3f}" for name in ("predicted_seconds", "measured_seconds"))
+        memory.add_row(row["pair"], row["implementation"], *sizes, f"{row['error']:+.3%}")
+        seconds = (f"{row[name]:.3f}" for name in ("predicted_seconds", "measured_seconds"))
         time_error = row["predicted_seconds"] / row["measured_seconds"] - 1
-        table.add_row(row["pair"], row["implementation"], *sizes, f"{row['error']:+.3%}", *times, f"{time_error:+.1%}")
+        times.add_row(row["pair"], row["implementation"], *seconds, f"{time_error:+.1%}")
+    return Group(memory, times)
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("pair", "kernel") else "right", overflow="fold")
     return table
 
 
