@@ -103,10 +103,12 @@ def _attend(
 
     block = Block(key, value, segment_ids)
     if ring.size == 1:
-        return tuple(compute(0, block, None, is_last=True))
-    carry = compute_and_pass_on(0, (block, None))
-    block, state = _repeat(compute_and_pass_on, carry, first=1, last=ring.size - 1)
-    return tuple(compute(ring.size - 1, block, state, is_last=True))
+        state = compute(0, block, None, is_last=True)
+    else:
+        carry = compute_and_pass_on(0, (block, None))
+        block, state = _repeat(compute_and_pass_on, carry, first=1, last=ring.size - 1)
+        state = compute(ring.size - 1, block, state, is_last=True)
+    return state.output, state.lse
 
 
 def _attend_forward(options: RingOptions, query: Array, key: Array, value: Array, segment_ids, gathered_positions):

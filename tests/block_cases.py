@@ -83,7 +83,7 @@ def blocks(case: Case) -> Callable[..., dict[str, Any]]:
     """The case as a function of its arrays, to be given an implementation's `forward` and `backward`."""
 
     def run(forward: Any, backward: Any, data: dict[str, Any]) -> dict[str, Any]:
-        state = None
+        state: Any = None
         spans = [slice(i * case.keys, (i + 1) * case.keys) for i in range(case.num_blocks)]
         for span in spans:
             k, v, is_last = data["key"][:, span], data["value"][:, span], span == spans[-1]
