@@ -150,40 +150,46 @@ class SampledRows(NamedTuple):
     dq: np.ndarray | None
 
 
-def sampled_errors(
-    program: Program, passes: Passes, arrays: tuple[Array, ...], rows: np.ndarray | None = None
-) -> tuple[float, float]:
+def sampled_errors(program: Program, passes: Passes, rows: tuple[int, ...] | None = None) -> tuple[float, float]:
     """Largest error of output and dQ on some rows against float64, and that of dense attention in the inputs' dtype.
 
-    The rows are drawn at random if not given; of the heads, the groups of the first and of the last key/value head are
-    looked at.
+    The passes must have been built from the arrays that `draw` draws. The rows are drawn at random if not given; of the
+    heads, the groups of the first and of the last key/value head are looked at.
     """
     if rows is None:
-        rows = np.random.default_rng(0).choice(arrays[0].shape[1], SAMPLED_ROWS, replace=False)
-    case = program.case
-    group = case.num_heads // case.num_kv_heads
-    kv_heads = sorted({0, case.num_kv_heads - 1})
-    heads = [kv * group + n for kv in kv_heads for n in range(group)]
+        shard_len = program.case.seq_len // program.replay.num_shards
+        rows = tuple(np.random.default_rng(0).choice(shard_len, SAMPLED_ROWS, replace=False).tolist())
+    _, heads = _sampled_heads(program.case)
 
     def sampled(result: Any) -> np.ndarray:
-        return np.asarray(_first(result)[:1, rows][:, :, heads])
+        return np.asarray(_first(result)[:1, np.asarray(rows)][:, :, heads])
 
     got = SampledRows(sampled(passes.forward()), sampled(passes.backward()) if passes.backward else None)
-    exact, baseline = (_dense_rows(program, arrays, rows, heads, kv_heads, p) for p in (None, np.dtype(case.dtype)))
+    exact, baseline = _dense_rows(program.case, program.replay, rows)
     return _largest_error(got, exact), _largest_error(baseline, exact)
 
 
-def _dense_rows(
-    program: Program, arrays: tuple[Array, ...], rows: np.ndarray, heads: list[int], kv_heads: list[int], precision
-) -> SampledRows:
-    query, keys, values, d_out = arrays
-    positions = [program.replay.positions(rank, query.shape[1]) for rank in range(program.replay.num_shards)]
-    own, theirs = np.asarray(positions[program.replay.rank])[rows], np.concatenate(positions)
-    visible = visible_pairs(own, theirs, is_causal=program.case.is_causal)
-    q, d_o = (np.asarray(x[:1, rows][:, :, heads]) for x in (query, d_out))
+def _sampled_heads(case: Case) -> tuple[list[int], list[int]]:
+    """The first and the last key/value head, and the query heads of their groups."""
+    group = case.num_heads // case.num_kv_heads
+    kv_heads = sorted({0, case.num_kv_heads - 1})
+    return kv_heads, [kv * group + n for kv in kv_heads for n in range(group)]
+
+
+@functools.lru_cache(maxsize=1)
+def _dense_rows(case: Case, replay: Replay, rows: tuple[int, ...]) -> tuple[SampledRows, SampledRows]:
+    """The rows in float64, and by dense attention in the case's dtype: the same for every implementation."""
+    query, keys, values, d_out = draw(Program("", case, replay))
+    positions = [replay.positions(rank, query.shape[1]) for rank in range(replay.num_shards)]
+    own, theirs = np.asarray(positions[replay.rank])[list(rows)], np.concatenate(positions)
+    visible = visible_pairs(own, theirs, is_causal=case.is_causal)
+    kv_heads, heads = _sampled_heads(case)
+    q, d_o = (np.asarray(x[:1, np.asarray(rows)][:, :, heads]) for x in (query, d_out))
     k, v = (np.concatenate(np.asarray(x[:, :1][..., kv_heads, :]), axis=1) for x in (keys, values))
-    result = reference_attention(q, k, v, visible, d_out=d_o, low_precision=precision)
-    return SampledRows(result.output, result.dq)
+    exact, baseline = (
+        reference_attention(q, k, v, visible, d_out=d_o, low_precision=p) for p in (None, np.dtype(case.dtype))
+    )
+    return SampledRows(exact.output, exact.dq), SampledRows(baseline.output, baseline.dq)
 
 
 def _largest_error(rows: SampledRows, exact: SampledRows) -> float:
@@ -226,8 +232,7 @@ def measure(candidates: list[Candidate]) -> list[dict[str, Any]]:
         rows.append(row)
         try:
             passes = build(case, *arrays)
-            # Peers take one block and no leading dim.
-            row["error"], row["dense_error"] = sampled_errors(program, passes, draw(program))
+            row["error"], row["dense_error"] = sampled_errors(program, passes)
             most = 2 * row["dense_error"] + ERROR_CONSTANTS[case.dtype]
             if not row["error"] <= most:
                 raise ValueError(f"wrong result: error {row['error']:.3g} on sampled rows exceeds {most:.3g}")
@@ -253,6 +258,7 @@ def run(implementations: list[str], artifacts: Path | None, only: str) -> list[d
         arrays = draw(group[0])
         candidates = [Candidate(p, p.implementation, ours(p, target, artifacts), arrays) for p in group]
         if replay.num_shards == 1:
+            # Peers take one block and no leading dim.
             flat = (arrays[0], arrays[1][0], arrays[2][0], arrays[3])
             candidates = [Candidate(group[0], peer, build, flat) for peer, build in PEERS.items()] + candidates
         rows += measure(candidates)

@@ -10,7 +10,6 @@ import os
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 
 from benchmarks.cases import PRECISION
@@ -37,17 +36,23 @@ def errors(program: Program) -> tuple[float, float]:
     folder = os.environ.get("RING_JAX_ARTIFACTS")
     arrays = draw(program)
     build = ours(program, Target.of_device(jax.devices()[0]), Path(folder) if folder else None)
-    rows = np.arange(arrays[0].shape[1] - ROWS, arrays[0].shape[1])
-    return sampled_errors(program, build(program.case, *arrays), arrays, rows)
+    last = arrays[0].shape[1]
+    return sampled_errors(program, build(program.case, *arrays), tuple(range(last - ROWS, last)))
 
 
-@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
+def together(programs: list[Program]) -> list:
+    """For `pytest -n 8 --dist loadgroup`: programs whose errors are compared share a process, which keeps them."""
+    mark = pytest.mark.xdist_group
+    return [pytest.param(p, marks=mark(f"{p.implementation} {p.case.dtype}"), id=p.name) for p in programs]
+
+
+@pytest.mark.parametrize("program", together(PROGRAMS))
 def test_replayed_ring_is_exact(program):
     got, dense = errors(program)
     assert got <= allowed(dense, program.case.dtype)
 
 
-@pytest.mark.parametrize("program", [p for p in PROGRAMS if p.replay.num_shards > 1], ids=lambda program: program.name)
+@pytest.mark.parametrize("program", together([p for p in PROGRAMS if p.replay.num_shards > 1]))
 def test_error_does_not_grow_with_shards_or_keys(program):
     case = dataclasses.replace(program.case, seq_len=65536)
     (one,) = (
