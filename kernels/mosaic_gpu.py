@@ -63,12 +63,12 @@ def forward(
     _refuse(query, scale)
     num_queries, head_dim = query.shape[1], query.shape[3]
     columns = _round_up(head_dim, 32)
-    dtype = query.dtype if is_last else jnp.float32
-    state = state or AttentionState.before_any_key(query)
     query, key, value = (_pad(x, columns) for x in (query, key, value))
-    padded = AttentionState(_pad(state.output, columns), state.lse)
-    result = attend(query, key, value, padded, mask, scale=scale, config=default_config(columns))
-    return AttentionState(result.output[:, :num_queries, :, :head_dim].astype(dtype), result.lse)
+    padded = None if state is None else AttentionState(_pad(state.output, columns), state.lse)
+    in_place = state is not None and not is_last
+    config = default_config(columns, has_segments=mask.q_segment_ids is not None, in_place=in_place)
+    result = attend(query, key, value, padded, mask, scale=scale, is_last=is_last, config=config)
+    return AttentionState(result.output[:, :num_queries, :, :head_dim], result.lse)
 
 
 def backward(

@@ -5,12 +5,15 @@ query rows each. A compute warpgroup runs the softmax of one key tile while its 
 values is still in the tensor cores. Making the compute warpgroups take turns at issuing products, as that paper does,
 lost 1 to 3 % on an H200: they fall out of step by themselves.
 
-The running state is merged after the last key tile: until then its copy into shared memory is in flight.
+The running state is merged after the last key tile: until then its copy into shared memory is in flight. A program
+attends with several query heads, one after the other: while a head's output is merged and written, the next one's tiles
+are on their way.
 """
 
 import dataclasses
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -28,11 +31,13 @@ from .mosaic_gpu_primitives import (
     accumulate,
     across_columns,
     full,
+    hidden_zero,
     matrix_scratch,
     scores,
     scores_while_accumulating,
 )
 from .tiles import TileRanges, key_ranges
+from .varying import match_varying
 
 _LOG2_E = math.log2(math.e)
 _LN_2 = math.log(2.0)
@@ -43,13 +48,14 @@ class ForwardConfig:
     """Tile sizes of the forward kernel.
 
     `q_tile` queries per program, 64 for each compute warpgroup; `k_tile` keys per step; `stages` key and value tiles in
-    shared memory. `early_state` gives the running output shared memory of its own, so that it is copied while keys are
-    still computed with.
+    shared memory. A program takes up to `heads` query heads in turn. `early_state` gives the running output shared
+    memory of its own, so that it is copied while keys are still computed with.
     """
 
     q_tile: int
     k_tile: int
     stages: int
+    heads: int = 4
     early_state: bool = True
 
     def __post_init__(self):
@@ -59,24 +65,36 @@ class ForwardConfig:
             raise ValueError(f"k_tile must be a multiple of 16 up to 256, got {self.k_tile}")
         if self.stages < 2:
             raise ValueError(f"stages must be at least 2, got {self.stages}")
+        if self.heads < 1 or (self.heads > 1 and not self.early_state):
+            raise ValueError(f"heads must be at least 1, and 1 without early_state, got {self.heads}")
 
     @property
     def compute_warpgroups(self) -> int:
         return self.q_tile // WARPGROUP_ROWS
 
     @property
+    def can_round_merged(self) -> bool:
+        """Whether an output merged with the running one can leave in the query's dtype, through the queries' place.
+
+        Without `early_state` that is where the running output lies, and three warpgroups are short of registers.
+        """
+        return self.early_state and self.compute_warpgroups == 2
+
+    @property
     def registers(self) -> tuple[int, int]:
         """Registers of a thread of the producer and of the compute warpgroups: they share 64 Ki."""
-        return {2: (24, 240), 3: (32, 160)}[self.compute_warpgroups]
+        return {2: (40, 232), 3: (32, 160)}[self.compute_warpgroups]
 
 
-def default_config(head_dim: int) -> ForwardConfig:
-    """The tile sizes used for a head dim."""
+def default_config(head_dim: int, *, has_segments: bool, in_place: bool) -> ForwardConfig:
+    """What is used for a head dim: the fastest of those measured on an H200 whose registers are not spilled."""
     if head_dim <= 64:
-        return ForwardConfig(q_tile=192, k_tile=128, stages=2)
+        if has_segments:
+            return ForwardConfig(q_tile=128, k_tile=128, stages=2, heads=4)
+        return ForwardConfig(q_tile=192, k_tile=128, stages=2, heads=2)
     if head_dim <= 128:
-        return ForwardConfig(q_tile=128, k_tile=128, stages=2)
-    return ForwardConfig(q_tile=128, k_tile=64, stages=2, early_state=False)
+        return ForwardConfig(q_tile=128, k_tile=128, stages=2, heads=1 if has_segments and in_place else 4)
+    return ForwardConfig(q_tile=128, k_tile=64, stages=2, heads=1, early_state=False)
 
 
 class _Inputs(NamedTuple):
@@ -92,14 +110,16 @@ class _Inputs(NamedTuple):
 class _Scratch(NamedTuple):
     """Shared memory and barriers of one program. `*_ready` count a copy's arrival, `*_free` the readers' leaving."""
 
-    # Queries, keys and values; and the running output.
+    # Queries, keys and values; and the output: the running one on its way in, and the new one on its way out.
     tiles: Ref
     query_ready: Ref
     key_ready: Ref
     value_ready: Ref
     output_ready: Ref
+    query_free: Ref
     key_free: Ref
     value_free: Ref
+    output_free: Ref
 
     @property
     def query(self) -> Ref:
@@ -132,39 +152,70 @@ class _Block:
     config: ForwardConfig
     num_keys: int
     num_row_tiles: int
+    # Query heads for one key/value head, and query heads in one program.
     group: int
+    heads: int
     head_dim: int
     dtype: jnp.dtype
     is_causal: bool
     exponent_scale: float
+    has_state: bool
+    is_last: bool
+
+    @property
+    def in_place(self) -> bool:
+        return self.has_state and not self.is_last
+
+    @property
+    def leaves_through_query(self) -> bool:
+        """Whether the output goes out through the queries' place, its own one being of another dtype."""
+        return self.has_state and self.is_last
 
 
 @dataclasses.dataclass(frozen=True)
 class _Program:
-    """One program of the grid: its tile of queries, the key tiles they see, and what its warpgroups share."""
+    """One program of the grid: its tile of queries, the key tiles they see, and what its warpgroups share.
+
+    It takes `block.heads` query heads in turn. Copies of keys and values are numbered through all of its steps.
+    """
 
     block: _Block
     inputs: Ref
-    state: Ref
+    old: AttentionState | None
+    new: AttentionState
     scratch: _Scratch
     batch: jax.Array
-    head: jax.Array
     row_tile: jax.Array
     walk: Walk
 
     @classmethod
-    def here(cls, block: _Block, inputs: Ref, state: Ref, scratch: _Scratch) -> "_Program":
-        batch, head = lax.axis_index("batch"), lax.axis_index("heads")
+    def here(cls, block: _Block, inputs: Ref, old: Any, new: Any, scratch: _Scratch) -> "_Program":
+        batch = lax.axis_index("batch")
         # The last rows have the most keys in a causal block: they go first, so that the short ones fill the gaps.
         row_tile = block.num_row_tiles - 1 - lax.axis_index("row_tiles")
-        return cls(block, inputs, state, scratch, batch, head, row_tile, Walk.read(inputs.ranges, batch, row_tile))
+        walk = Walk.read(inputs.ranges, batch, row_tile)
+        if not block.in_place:
+            # Rows without any key are written too: any tile will do, for its mask hides all of it.
+            walk = walk._replace(steps=jnp.maximum(walk.steps, 1))
+        return cls(block, inputs, old, new, scratch, batch, row_tile, walk)
 
     def rows(self, warpgroup: jax.Array | int) -> pl.Slice:
         """The queries that a compute warpgroup holds."""
         return pl.ds(self.row_tile * self.block.config.q_tile + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
-    def slot(self, step: jax.Array) -> jax.Array:
-        return lax.rem(step, jnp.int32(self.block.config.stages))
+    def head(self, turn: jax.Array) -> jax.Array:
+        """A query head of this program. Computed where it is needed: kept through a loop it would cost a register."""
+        return (lax.axis_index("heads") + hidden_zero()) * self.block.heads + turn
+
+    def slot(self, copy: jax.Array) -> jax.Array:
+        return lax.rem(copy, jnp.int32(self.block.config.stages))
+
+    def for_each_head(self, body: Callable[[jax.Array], None]) -> None:
+        """Calls `body` with 0, 1 ... for the heads of this program."""
+        if self.block.heads == 1:
+            body(jnp.int32(0))
+        else:
+            pl.loop(0, self.block.heads)(body)
 
     def run(self) -> None:
         config, warpgroup = self.block.config, lax.axis_index("warpgroup")
@@ -183,37 +234,63 @@ class _Program:
                 _Worker(self, warpgroup).run()
 
     def produce(self) -> None:
-        """The last warpgroup's part: copies queries and running output once, and the keys and values of every step."""
-        config, inputs, scratch, steps = self.block.config, self.inputs, self.scratch, self.walk.steps
-        kv_head = lax.div(self.head, jnp.int32(self.block.group))
-        self.copy_rows(inputs.query, scratch.query, scratch.query_ready)
+        """The last warpgroup's part: for every head the queries, running output, and every step's keys and values."""
+        config, scratch = self.block.config, self.scratch
+        self.for_each_head(self.copy_head)
 
-        @pl.loop(0, steps)
-        def _copy_keys_and_values(step):
-            slot = self.slot(step)
-            keys = (self.batch, pl.ds(self.walk.tile(step) * config.k_tile, config.k_tile), kv_head)
-            pl.when(step >= config.stages)(lambda: plgpu.barrier_wait(scratch.key_free.at[slot]))
-            plgpu.copy_gmem_to_smem(inputs.key.at[keys], scratch.key.at[slot], scratch.key_ready.at[slot])
-            pl.when(step >= config.stages)(lambda: plgpu.barrier_wait(scratch.value_free.at[slot]))
-            plgpu.copy_gmem_to_smem(inputs.value.at[keys], scratch.value.at[slot], scratch.value_ready.at[slot])
-
-            # Needed last, so asked for when the first tiles are on their way.
-            @pl.when((step == jnp.minimum(config.stages, steps) - 1) & config.early_state)
-            def _():
-                self.copy_rows(self.state.output, scratch.output, scratch.output_ready)
-
-        @pl.loop(0, jnp.minimum(config.stages, steps))
+        @pl.loop(0, jnp.minimum(config.stages, self.walk.steps * self.block.heads))
         def _wait_for_last_readers(slot):
             plgpu.barrier_wait(scratch.key_free.at[slot])
             plgpu.barrier_wait(scratch.value_free.at[slot])
 
         if not config.early_state:
-            self.copy_rows(self.state.output, scratch.output, scratch.output_ready)
+            self.prepare_output(jnp.int32(0))
 
-    def copy_rows(self, source: Ref, target: Ref, ready: Ref) -> None:
+    def copy_head(self, turn: jax.Array) -> None:
+        config, inputs, scratch, steps = self.block.config, self.inputs, self.scratch, self.walk.steps
+        head = self.head(turn)
+        kv_head = lax.div(head, jnp.int32(self.block.group))
+        self.wait_before_next(scratch.query_free, turn)
+        for warpgroup in range(config.compute_warpgroups):
+            rows = inputs.query.at[self.batch, self.rows(warpgroup), head]
+            plgpu.copy_gmem_to_smem(rows, scratch.query.at[warpgroup], scratch.query_ready.at[warpgroup])
+
+        @pl.loop(0, steps)
+        def _copy_keys_and_values(step):
+            copy = turn * steps + step
+            slot = self.slot(copy)
+            keys = (self.batch, pl.ds(self.walk.tile(step) * config.k_tile, config.k_tile), kv_head)
+            pl.when(copy >= config.stages)(lambda: plgpu.barrier_wait(scratch.key_free.at[slot]))
+            plgpu.copy_gmem_to_smem(inputs.key.at[keys], scratch.key.at[slot], scratch.key_ready.at[slot])
+            pl.when(copy >= config.stages)(lambda: plgpu.barrier_wait(scratch.value_free.at[slot]))
+            plgpu.copy_gmem_to_smem(inputs.value.at[keys], scratch.value.at[slot], scratch.value_ready.at[slot])
+
+            # Needed last, so asked for when the first tiles are on their way, and the last head's output has left.
+            if config.early_state and self.block.has_state:
+                pl.when(step == jnp.minimum(2 * config.stages, steps) - 1)(lambda: self.prepare_output(turn))
+
+    def prepare_output(self, turn: jax.Array) -> None:
+        """Copies the running output; without one, says that its place is free."""
+        scratch = self.scratch
+        if self.old is not None:
+            self.wait_before_next(scratch.output_free, turn)
         for warpgroup in range(self.block.config.compute_warpgroups):
-            rows = source.at[self.batch, self.rows(warpgroup), self.head]
-            plgpu.copy_gmem_to_smem(rows, target.at[warpgroup], ready.at[warpgroup])
+            ready = scratch.output_ready.at[warpgroup]
+            if self.old is None:
+                plgpu.barrier_arrive(ready)
+                continue
+            rows = self.old.output.at[self.batch, self.rows(warpgroup), self.head(turn)]
+            plgpu.copy_gmem_to_smem(rows, scratch.output.at[warpgroup], ready)
+
+    def wait_before_next(self, free: Ref, turn: jax.Array) -> None:
+        """Waits until all compute warpgroups have left what the next head is to be copied into."""
+        if self.block.heads == 1:
+            return
+
+        @pl.when(turn > 0)
+        def _():
+            for warpgroup in range(self.block.config.compute_warpgroups):
+                plgpu.barrier_wait(free.at[warpgroup])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,53 +301,87 @@ class _Worker:
     warpgroup: jax.Array
 
     def run(self) -> None:
+        self.program.for_each_head(self.attend)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def attend(self, turn: jax.Array) -> None:
+        """One query head, from its first key tile to its output."""
         program, scratch, walk = self.program, self.program.scratch, self.program.walk
-        rows = program.rows(self.warpgroup)
-        lse = program.state.lse.at[program.batch, program.head, rows]
-        # The last tile may have warpgroups without any row.
-        num_rows = program.state.lse.shape[-1]
-        has_rows = rows.start < num_rows if num_rows % program.block.config.q_tile else True
-        old_lse = _load_if(has_rows, lse)
-        carry = self.first_step()
-        carry = lax.fori_loop(1, walk.partial, lambda i, c: self.step(i, c, is_partial=True), carry)
+        carry = self.first_step(turn)
+        carry = lax.fori_loop(1, walk.partial, lambda i, c: self.step(turn, i, c, is_partial=True), carry)
         first_full = jnp.maximum(walk.partial, 1)
-        carry = lax.fori_loop(first_full, walk.steps, lambda i, c: self.step(i, c, is_partial=False), carry)
+        carry = lax.fori_loop(first_full, walk.steps, lambda i, c: self.step(turn, i, c, is_partial=False), carry)
         acc, softmax, weights = carry
-        last_slot = program.slot(walk.steps - 1)
+        last_slot = program.slot((turn + 1) * walk.steps - 1)
         plgpu.barrier_wait(scratch.value_ready.at[last_slot])
         acc = accumulate(acc, weights, scratch.value.at[last_slot])
         plgpu.barrier_arrive(scratch.value_free.at[last_slot])
-        output = scratch.output.at[self.warpgroup]
-        plgpu.barrier_wait(scratch.output_ready.at[self.warpgroup])
-        old_output = plgpu.load(output, layout=plgpu.Layout.WGMMA)
-        plgpu.commit_smem()  # Every thread has read its part of the old output before any writes the new one.
-        output[...], new_lse = _merge(acc, softmax, old_output, old_lse)
+        lse, has_rows = self.rows_of_lse(turn)
+        old_lse = None if program.old is None else _load_if(has_rows, program.old.lse.at[lse])
+        new_lse = self.write(turn, acc, softmax, old_lse)
 
         @pl.when(has_rows)
         def _():
-            lse[...] = new_lse
+            program.new.lse[lse] = new_lse
 
+    def rows_of_lse(self, turn: jax.Array) -> tuple[tuple, jax.Array | bool]:
+        """Where the lse of this warpgroup's rows is, and whether it has any: in the last tile it may have none."""
+        program = self.program
+        rows, num_rows = program.rows(self.warpgroup), program.new.lse.shape[-1]
+        has_rows = rows.start < num_rows if num_rows % program.block.config.q_tile else True
+        return (program.batch, program.head(turn), rows), has_rows
+
+    def write(self, turn: jax.Array, acc: jax.Array, softmax: _Softmax, old_lse: jax.Array | None) -> jax.Array:
+        """Merges with what was attended before and sends the output off; gives the lse."""
+        program, block, scratch = self.program, self.program.block, self.program.scratch
+        buffer = scratch.output.at[self.warpgroup]
+        if block.has_state or not block.config.early_state:
+            plgpu.barrier_wait(scratch.output_ready.at[self.warpgroup])
+        if old_lse is not None:
+            old_output = plgpu.load(buffer, layout=plgpu.Layout.WGMMA)
+            plgpu.commit_smem()  # Every thread has read its part of the old output before any writes the new one.
+            output, lse = _merge(acc, softmax, old_output, old_lse)
+        else:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            output, lse = _normalize(acc, softmax)
+        if block.leaves_through_query:
+            buffer = scratch.query.at[self.warpgroup]
+        buffer[...] = output.astype(buffer.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(output, program.state.output.at[program.batch, rows, program.head])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        where = program.batch, program.rows(self.warpgroup), program.head(turn)
+        plgpu.copy_smem_to_gmem(buffer, program.new.output.at[where])
+        if block.leaves_through_query:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            self.release_query(turn)
+        return lse
 
-    def first_step(self) -> tuple:
+    def first_step(self, turn: jax.Array) -> tuple:
         """Accumulator, softmax and unused weights after the scores of the first key tile, computed with the mask."""
         program, block, scratch = self.program, self.program.block, self.program.scratch
+        slot = program.slot(turn * program.walk.steps)
         plgpu.barrier_wait(scratch.query_ready.at[self.warpgroup])
         mask = self.visible(jnp.int32(0))
-        plgpu.barrier_wait(scratch.key_ready.at[0])
-        products = scores(scratch.query.at[self.warpgroup], scratch.key.at[0])
-        plgpu.barrier_arrive(scratch.key_free.at[0])
+        plgpu.barrier_wait(scratch.key_ready.at[slot])
+        products = scores(scratch.query.at[self.warpgroup], scratch.key.at[slot])
+        plgpu.barrier_arrive(scratch.key_free.at[slot])
+        self.after_last_scores(turn, jnp.int32(0))
         empty = _Softmax(full((WARPGROUP_ROWS,), -jnp.inf, ROWS), full((WARPGROUP_ROWS,), 0, ROWS))
         softmax, _, weights = self.update(empty, products, mask)
+        if block.has_state and block.heads > 1:
+
+            @pl.when(turn > 0)
+            def _():
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(scratch.output_free.at[self.warpgroup])
+
         return full((WARPGROUP_ROWS, program.block.head_dim), 0), softmax, weights.astype(block.dtype)
 
-    def step(self, step: jax.Array, carry: tuple, *, is_partial: bool) -> tuple:
+    def step(self, turn: jax.Array, step: jax.Array, carry: tuple, *, is_partial: bool) -> tuple:
         """The scores of a step's key tile, and under their softmax the product of the last step's with the values."""
         program, scratch = self.program, self.program.scratch
         acc, softmax, weights = carry
-        slot, last_slot = program.slot(step), program.slot(step - 1)
+        copy = turn * program.walk.steps + step
+        slot, last_slot = program.slot(copy), program.slot(copy - 1)
 
         def ready():
             plgpu.barrier_wait(scratch.key_ready.at[slot])
@@ -278,6 +389,7 @@ class _Worker:
 
         def use(products):
             plgpu.barrier_arrive(scratch.key_free.at[slot])
+            self.after_last_scores(turn, step)
             return self.update(softmax, products, self.visible(step) if is_partial else None)
 
         query, key, value = scratch.query.at[self.warpgroup], scratch.key.at[slot], scratch.value.at[last_slot]
@@ -287,6 +399,15 @@ class _Worker:
         plgpu.barrier_arrive(scratch.value_free.at[last_slot])
         # Rounded only now: the registers of the old weights were being read until the product was waited for.
         return acc * across_columns(decay, acc.shape), softmax, weights.astype(program.block.dtype)
+
+    def after_last_scores(self, turn: jax.Array, step: jax.Array) -> None:
+        if self.program.block.heads > 1 and not self.program.block.leaves_through_query:
+            pl.when(step == self.program.walk.steps - 1)(lambda: self.release_query(turn))
+
+    def release_query(self, turn: jax.Array) -> None:
+        """The next head's queries may come, if there is one."""
+        free = self.program.scratch.query_free.at[self.warpgroup]
+        pl.when(turn < self.program.block.heads - 1)(lambda: plgpu.barrier_arrive(free))
 
     def visible(self, step: jax.Array) -> jax.Array:
         """The mask of this warpgroup's rows and a step's key tile."""
@@ -335,17 +456,27 @@ def _merge(acc: jax.Array, softmax: _Softmax, old_output: jax.Array, old_lse: ja
     return output, (base + jnp.log2(total)) * _LN_2
 
 
+def _normalize(acc: jax.Array, softmax: _Softmax) -> tuple:
+    """Output and lse of this block alone."""
+    norm = 1.0 / jnp.where(softmax.total == 0.0, 1.0, softmax.total)
+    return acc * across_columns(norm, acc.shape), (softmax.maximum + jnp.log2(softmax.total)) * _LN_2
+
+
 def attend(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
-    state: AttentionState,
+    state: AttentionState | None,
     mask: BlockMask,
     *,
     scale: float,
+    is_last: bool,
     config: ForwardConfig,
 ) -> AttentionState:
-    """Folds one block into `state`, in place. T and S are multiples of 8 (beyond those of `mask`: padding), H of 32."""
+    """Folds one block into `state`, in place. T and S are multiples of 8 (beyond those of `mask`: padding), H of 32.
+
+    None is the state before any key. With `is_last` the output comes in the query's dtype.
+    """
     batch, num_queries, num_heads, head_dim = query.shape
     row_tiles = -(-num_queries // config.q_tile)
     block = _Block(
@@ -353,10 +484,13 @@ def attend(
         num_keys=mask.k_positions.shape[0],
         num_row_tiles=row_tiles,
         group=num_heads // key.shape[2],
+        heads=max(heads for heads in range(1, config.heads + 1) if num_heads % heads == 0),
         head_dim=head_dim,
         dtype=query.dtype,
         is_causal=mask.is_causal,
         exponent_scale=scale * _LOG2_E,
+        has_state=state is not None,
+        is_last=is_last and (state is None or config.can_round_merged),
     )
     inputs = _Inputs(
         query,
@@ -365,40 +499,53 @@ def attend(
         MaskInputs.of(mask, config.q_tile, config.k_tile),
         key_ranges(mask, config.q_tile, config.k_tile),
     )
-    leaves, treedef = jax.tree.flatten(inputs)
+    # Written in place, the state is given as references; otherwise it is read like the other inputs.
+    padded = None if state is None else AttentionState(state.output, pad_last(state.lse, WARPGROUP_ROWS))
+    leaves, treedef = jax.tree.flatten((inputs, None if block.in_place else padded))
+    num_rows = mask.q_positions.shape[0]
+    new = (
+        jax.ShapeDtypeStruct(query.shape, query.dtype if block.is_last else jnp.float32),
+        jax.ShapeDtypeStruct((batch, num_heads, -(-num_rows // WARPGROUP_ROWS) * WARPGROUP_ROWS), jnp.float32),
+    )
 
     def body(*refs, **scratch):
-        *input_refs, output, lse = refs
-        inputs = jax.tree.unflatten(treedef, input_refs)
-        _Program.here(block, inputs, AttentionState(output, lse), _Scratch(**scratch)).run()
+        inputs, old = jax.tree.unflatten(treedef, refs[: len(leaves)])
+        new = AttentionState(*refs[len(leaves) :])
+        _Program.here(block, inputs, new if block.in_place else old, new, _Scratch(**scratch)).run()
 
     kernel = plgpu.kernel(
         body,
-        out_type=(),
-        scratch_types=_scratch(config, head_dim, query.dtype),
-        grid=(num_heads, row_tiles, batch),
-        grid_names=("heads", "row_tiles", "batch"),
+        out_type=() if block.in_place else new,
+        scratch_types=_scratch(block),
+        grid=(row_tiles, num_heads // block.heads, batch),
+        grid_names=("row_tiles", "heads", "batch"),
         num_threads=config.compute_warpgroups + 1,
         thread_name="warpgroup",
         kernel_name="ring_jax_attention_forward",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
-    padded = AttentionState(state.output, pad_last(state.lse, WARPGROUP_ROWS))
-    output, lse = pl.run_state(lambda refs: kernel(*leaves, *refs))(padded)
-    return AttentionState(output, lse[..., : state.lse.shape[-1]])
+    if block.in_place:
+        output, lse = pl.run_state(lambda refs: kernel(*leaves, *refs))(padded)
+    else:
+        output, lse = match_varying(kernel(*leaves), like=query)
+    return AttentionState(output.astype(query.dtype) if is_last else output, lse[..., :num_rows])
 
 
-def _scratch(config: ForwardConfig, head_dim: int, dtype) -> dict:
+def _scratch(block: _Block) -> dict:
+    config, head_dim = block.config, block.head_dim
     warpgroups, stages = config.compute_warpgroups, config.stages
-    key_value = matrix_scratch((stages, config.k_tile, head_dim), dtype)
-    inputs = (matrix_scratch((warpgroups, WARPGROUP_ROWS, head_dim), dtype), key_value, key_value)
-    output = matrix_scratch((warpgroups, WARPGROUP_ROWS, head_dim), jnp.float32)
+    key_value = matrix_scratch((stages, config.k_tile, head_dim), block.dtype)
+    inputs = (matrix_scratch((warpgroups, WARPGROUP_ROWS, head_dim), block.dtype), key_value, key_value)
+    output_dtype = block.dtype if block.is_last and not block.has_state else jnp.float32
+    output = matrix_scratch((warpgroups, WARPGROUP_ROWS, head_dim), output_dtype)
     return _Scratch(
         tiles=(inputs, output) if config.early_state else plgpu.RefUnion(inputs, output),
         query_ready=plgpu.Barrier(num_barriers=warpgroups),
         key_ready=plgpu.Barrier(num_barriers=stages),
         value_ready=plgpu.Barrier(num_barriers=stages),
         output_ready=plgpu.Barrier(num_barriers=warpgroups),
+        query_free=plgpu.Barrier(num_barriers=warpgroups),
         key_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
         value_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+        output_free=plgpu.Barrier(num_barriers=warpgroups),
     )._asdict()
