@@ -24,6 +24,9 @@ CASES = [
     Case(queries=257, keys=1, heads=2, kv_heads=1, head_dim=80),
     Case(queries=1, keys=300, heads=1, kv_heads=1, head_dim=32, is_causal=False),
     Case(queries=768, keys=768, heads=2, kv_heads=1, head_dim=64, has_segments=True, shuffled=True),
+    Case(queries=520, keys=520, num_blocks=1, heads=4, kv_heads=2, head_dim=128),
+    Case(queries=520, keys=333, num_blocks=3, heads=6, kv_heads=2, head_dim=128),
+    Case(queries=400, keys=400, num_blocks=3, heads=4, kv_heads=2, head_dim=64, is_causal=False),
 ]
 
 
