@@ -6,12 +6,10 @@ values is still in the tensor cores. Making the compute warpgroups take turns at
 lost 1 to 3 % on an H200: they fall out of step by themselves.
 
 The running state is merged after the last key tile: until then its copy into shared memory is in flight. A program
-attends with several query heads, one after the other: while a head's output is merged and written, the next one's tiles
-are on their way.
+takes several query heads in turn: while the output of one is written, the tiles of the next are on their way.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,22 +23,20 @@ from jaxtyping import Array, Float
 from .contract import AttentionState, BlockMask
 from .mosaic_gpu_masks import MaskInputs, Walk, pad_last
 from .mosaic_gpu_primitives import (
-    ROWS,
     WARPGROUP_ROWS,
     Ref,
     accumulate,
     across_columns,
     full,
     hidden_zero,
+    load_rows_if,
     matrix_scratch,
     scores,
     scores_while_accumulating,
 )
+from .mosaic_gpu_softmax import LOG2_E, Softmax, merge, normalize
 from .tiles import TileRanges, key_ranges
 from .varying import match_varying
-
-_LOG2_E = math.log2(math.e)
-_LN_2 = math.log(2.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,13 +134,6 @@ class _Scratch(NamedTuple):
         return self.tiles[1]
 
 
-class _Softmax(NamedTuple):
-    """Online softmax of a warpgroup's rows: the largest score so far, in powers of two, and the sum of the weights."""
-
-    maximum: Float[Array, " rows"]
-    total: Float[Array, " rows"]
-
-
 @dataclasses.dataclass(frozen=True)
 class _Block:
     """Shapes and static choices of the kernel; `exponent_scale` turns products into powers of two."""
@@ -181,8 +170,9 @@ class _Program:
 
     block: _Block
     inputs: Ref
-    old: AttentionState | None
-    new: AttentionState
+    # The state as it was, or None, and the state to write; references, in place the same ones.
+    old: Any
+    new: Any
     scratch: _Scratch
     batch: jax.Array
     row_tile: jax.Array
@@ -317,7 +307,7 @@ class _Worker:
         acc = accumulate(acc, weights, scratch.value.at[last_slot])
         plgpu.barrier_arrive(scratch.value_free.at[last_slot])
         lse, has_rows = self.rows_of_lse(turn)
-        old_lse = None if program.old is None else _load_if(has_rows, program.old.lse.at[lse])
+        old_lse = None if program.old is None else load_rows_if(has_rows, program.old.lse.at[lse], otherwise=-jnp.inf)
         new_lse = self.write(turn, acc, softmax, old_lse)
 
         @pl.when(has_rows)
@@ -331,7 +321,7 @@ class _Worker:
         has_rows = rows.start < num_rows if num_rows % program.block.config.q_tile else True
         return (program.batch, program.head(turn), rows), has_rows
 
-    def write(self, turn: jax.Array, acc: jax.Array, softmax: _Softmax, old_lse: jax.Array | None) -> jax.Array:
+    def write(self, turn: jax.Array, acc: jax.Array, softmax: Softmax, old_lse: jax.Array | None) -> jax.Array:
         """Merges with what was attended before and sends the output off; gives the lse."""
         program, block, scratch = self.program, self.program.block, self.program.scratch
         buffer = scratch.output.at[self.warpgroup]
@@ -340,10 +330,10 @@ class _Worker:
         if old_lse is not None:
             old_output = plgpu.load(buffer, layout=plgpu.Layout.WGMMA)
             plgpu.commit_smem()  # Every thread has read its part of the old output before any writes the new one.
-            output, lse = _merge(acc, softmax, old_output, old_lse)
+            output, lse = merge(acc, softmax, old_output, old_lse)
         else:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            output, lse = _normalize(acc, softmax)
+            output, lse = normalize(acc, softmax)
         if block.leaves_through_query:
             buffer = scratch.query.at[self.warpgroup]
         buffer[...] = output.astype(buffer.dtype)
@@ -365,8 +355,7 @@ class _Worker:
         products = scores(scratch.query.at[self.warpgroup], scratch.key.at[slot])
         plgpu.barrier_arrive(scratch.key_free.at[slot])
         self.after_last_scores(turn, jnp.int32(0))
-        empty = _Softmax(full((WARPGROUP_ROWS,), -jnp.inf, ROWS), full((WARPGROUP_ROWS,), 0, ROWS))
-        softmax, _, weights = self.update(empty, products, mask)
+        softmax, _decay, weights = Softmax.of_nothing(WARPGROUP_ROWS).update(products, mask, block.exponent_scale)
         if block.has_state and block.heads > 1:
 
             @pl.when(turn > 0)
@@ -390,7 +379,8 @@ class _Worker:
         def use(products):
             plgpu.barrier_arrive(scratch.key_free.at[slot])
             self.after_last_scores(turn, step)
-            return self.update(softmax, products, self.visible(step) if is_partial else None)
+            mask = self.visible(step) if is_partial else None
+            return softmax.update(products, mask, program.block.exponent_scale)
 
         query, key, value = scratch.query.at[self.warpgroup], scratch.key.at[slot], scratch.value.at[last_slot]
         (softmax, decay, weights), acc = scores_while_accumulating(
@@ -416,50 +406,6 @@ class _Worker:
         return program.inputs.mask.visible(
             program.batch, program.rows(self.warpgroup), keys, is_causal=block.is_causal, num_keys=block.num_keys
         )
-
-    def update(self, softmax: _Softmax, products: jax.Array, mask: jax.Array | None) -> tuple:
-        """Softmax state after one key tile, what earlier sums decay by, and the tile's weights."""
-        scale = self.program.block.exponent_scale
-        if mask is not None:
-            products = jnp.where(mask, products, -jnp.inf)
-        maximum = jnp.maximum(softmax.maximum, products.max(axis=1) * scale)
-        # A row without any visible key so far has the maximum -inf: subtract zero there instead.
-        base = jnp.where(maximum == -jnp.inf, 0.0, maximum) if mask is not None else maximum
-        decay = jnp.exp2(softmax.maximum - base)
-        weights = jnp.exp2(products * scale - across_columns(base, products.shape))
-        total = softmax.total * decay + weights.sum(axis=1)
-        return _Softmax(maximum, total), decay, weights
-
-
-def _load_if(exists: jax.Array | bool, lse: Ref) -> jax.Array:
-    """The lse of a warpgroup's rows, or of no keys if there are no such rows."""
-
-    def load():
-        return plgpu.load(lse, layout=ROWS, optimized=False)
-
-    if isinstance(exists, bool):
-        assert exists
-        return load()
-    return lax.cond(exists, load, lambda: full((WARPGROUP_ROWS,), -jnp.inf, ROWS))
-
-
-def _merge(acc: jax.Array, softmax: _Softmax, old_output: jax.Array, old_lse: jax.Array) -> tuple:
-    """The running output and lse after this block, from those before and the block's own."""
-    old = old_lse * _LOG2_E
-    maximum = jnp.maximum(softmax.maximum, old)
-    base = jnp.where(maximum == -jnp.inf, 0.0, maximum)
-    new_weight, old_weight = jnp.exp2(softmax.maximum - base), jnp.exp2(old - base)
-    total = softmax.total * new_weight + old_weight
-    norm = 1.0 / jnp.where(total == 0.0, 1.0, total)
-    output = acc * across_columns(new_weight * norm, acc.shape)
-    output += old_output * across_columns(old_weight * norm, acc.shape)
-    return output, (base + jnp.log2(total)) * _LN_2
-
-
-def _normalize(acc: jax.Array, softmax: _Softmax) -> tuple:
-    """Output and lse of this block alone."""
-    norm = 1.0 / jnp.where(softmax.total == 0.0, 1.0, softmax.total)
-    return acc * across_columns(norm, acc.shape), (softmax.maximum + jnp.log2(softmax.total)) * _LN_2
 
 
 def attend(
@@ -488,7 +434,7 @@ def attend(
         head_dim=head_dim,
         dtype=query.dtype,
         is_causal=mask.is_causal,
-        exponent_scale=scale * _LOG2_E,
+        exponent_scale=scale * LOG2_E,
         has_state=state is not None,
         is_last=is_last and (state is None or config.can_round_merged),
     )
@@ -524,10 +470,12 @@ def attend(
         kernel_name="ring_jax_attention_forward",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
+    result: Any
     if block.in_place:
-        output, lse = pl.run_state(lambda refs: kernel(*leaves, *refs))(padded)
+        result = pl.run_state(lambda refs: kernel(*leaves, *refs))(padded)
     else:
-        output, lse = match_varying(kernel(*leaves), like=query)
+        result = match_varying(kernel(*leaves), like=query)
+    output, lse = result
     return AttentionState(output.astype(query.dtype) if is_last else output, lse[..., :num_rows])
 
 

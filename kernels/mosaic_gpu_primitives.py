@@ -49,6 +49,18 @@ def full(shape: tuple[int, ...], value: float, layout: Any = plgpu.Layout.WGMMA)
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
+def load_rows_if(exists: jax.Array | bool, source: Ref, *, otherwise: float) -> jax.Array:
+    """A number per row of a matrix product from global memory, or the same one for all where there are no such rows."""
+
+    def load():
+        return plgpu.load(source, layout=ROWS, optimized=False)
+
+    if isinstance(exists, bool):
+        assert exists
+        return load()
+    return lax.cond(exists, load, lambda: full(source.shape, otherwise, ROWS))
+
+
 def across_columns(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """One number per row, repeated over the columns."""
     return lax.broadcast_in_dim(rows, shape, [0])

@@ -1,0 +1,57 @@
+"""The online softmax of a warpgroup's rows, in registers (FlashAttention-2, arXiv:2307.08691, algorithm 1)."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .mosaic_gpu_primitives import ROWS, across_columns, full
+
+LOG2_E = math.log2(math.e)
+_LN_2 = math.log(2.0)
+
+
+class Softmax(NamedTuple):
+    """What is kept of the scores so far: the largest of a row, in powers of two, and the sum of the weights."""
+
+    maximum: Float[Array, " rows"]
+    total: Float[Array, " rows"]
+
+    @classmethod
+    def of_nothing(cls, rows: int) -> "Softmax":
+        return cls(full((rows,), -jnp.inf, ROWS), full((rows,), 0, ROWS))
+
+    def update(
+        self, products: jax.Array, mask: jax.Array | None, exponent_scale: float
+    ) -> tuple["Softmax", jax.Array, jax.Array]:
+        """The state after one key tile, what earlier sums decay by, and the tile's weights."""
+        if mask is not None:
+            products = jnp.where(mask, products, -jnp.inf)
+        maximum = jnp.maximum(self.maximum, products.max(axis=1) * exponent_scale)
+        # A row without any visible key so far has the maximum -inf: subtract zero there instead.
+        base = jnp.where(maximum == -jnp.inf, 0.0, maximum) if mask is not None else maximum
+        decay = jnp.exp2(self.maximum - base)
+        weights = jnp.exp2(products * exponent_scale - across_columns(base, products.shape))
+        total = self.total * decay + weights.sum(axis=1)
+        return Softmax(maximum, total), decay, weights
+
+
+def merge(acc: jax.Array, softmax: Softmax, old_output: jax.Array, old_lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The running output and lse after a block, from those before and the block's own sums."""
+    old = old_lse * LOG2_E
+    maximum = jnp.maximum(softmax.maximum, old)
+    base = jnp.where(maximum == -jnp.inf, 0.0, maximum)
+    new_weight, old_weight = jnp.exp2(softmax.maximum - base), jnp.exp2(old - base)
+    total = softmax.total * new_weight + old_weight
+    norm = 1.0 / jnp.where(total == 0.0, 1.0, total)
+    output = acc * across_columns(new_weight * norm, acc.shape)
+    output += old_output * across_columns(old_weight * norm, acc.shape)
+    return output, (base + jnp.log2(total)) * _LN_2
+
+
+def normalize(acc: jax.Array, softmax: Softmax) -> tuple[jax.Array, jax.Array]:
+    """Output and lse of a block alone, from its sums."""
+    norm = 1.0 / jnp.where(softmax.total == 0.0, 1.0, softmax.total)
+    return acc * across_columns(norm, acc.shape), (softmax.maximum + jnp.log2(softmax.total)) * _LN_2
