@@ -195,17 +195,19 @@ def forward_kernel(query, key, value, q_positions, k_positions, q_segment_ids, k
             weights, total, peak, correction = _softmax(scores, total, peak, exponent_scale, visible, True)
             acc = _add_product(acc * correction[:, None], weights.to(v.dtype), v, PRECISION)
 
+        top = peak * LN_2
         if HAS_STATE and q.dtype == tl.float32:
-            old_peak = tl.load(old_lse + statistics, mask=rows < num_queries, other=float("-inf")) * LOG2_E
-            new_peak = tl.maximum(peak, old_peak)
-            shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-            old_weight, weight = tl.exp2(old_peak - shift), tl.exp2(peak - shift)
+            # In natural units, as the lse is kept: going to units of log2 and back would round it twice more a block.
+            carried = tl.load(old_lse + statistics, mask=rows < num_queries, other=float("-inf"))
+            new_top = tl.maximum(top, carried)
+            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+            old_weight, weight = tl.exp2((carried - shift) * LOG2_E), tl.exp2((top - shift) * LOG2_E)
             old = _load_tile(old_output, batch, head, first, num_queries, Q_SHAPE, False, False)
             acc = acc * weight[:, None] + old * old_weight[:, None]
-            total, peak = total * weight + old_weight, new_peak
+            total, top = total * weight + old_weight, new_top
         has_keys = total > 0.0
         acc = acc * tl.where(has_keys, 1.0 / total, 0.0)[:, None]
-        new_lse = tl.where(has_keys, (peak + tl.log2(total)) * LN_2, float("-inf"))
+        new_lse = tl.where(has_keys, top + tl.log2(total) * LN_2, float("-inf"))
         _store_tile(output, batch, head, first, num_queries, acc, Q_SHAPE)
         tl.store(lse + statistics, new_lse, mask=rows < num_queries)
 
