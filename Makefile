@@ -45,12 +45,12 @@ typecheck: $(VENV)/test.stamp
 # A stamp is older than pyproject.toml only when that has changed: then, and only then, pip runs again.
 $(VENV)/train.stamp: pyproject.toml | $(VENV)/bin/pip
 	@echo "Installing ring_jax$(TRAIN_EXTRAS) into $(VENV)"
-	$(VENV)/bin/pip install --no-compile --editable ".$(TRAIN_EXTRAS)"
+	$(VENV)/bin/pip install --editable ".$(TRAIN_EXTRAS)"
 	@touch $@
 
 $(VENV)/test.stamp: pyproject.toml | $(VENV)/bin/pip
 	@echo "Installing ring_jax$(TEST_EXTRAS) into $(VENV)"
-	$(VENV)/bin/pip install --no-compile --editable ".$(TEST_EXTRAS)"
+	$(VENV)/bin/pip install --editable ".$(TEST_EXTRAS)"
 	@touch $(VENV)/train.stamp $@
 
 # The first Python that is new enough makes .venv. Where there is none, uv fetches one.
