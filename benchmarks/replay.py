@@ -6,14 +6,16 @@ it against one kernel's own best rate. With one shard it is plain attention.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
-from ring_jax.kernels import BlockKernel, BlockMask
+from ring_jax.kernels import AttentionState, BlockKernel, BlockMask
 from ring_jax.layouts import check_layout, shard_positions
+from ring_jax.ring import MAX_UNROLLED_STEPS, Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +36,14 @@ class Replay:
         """Whose block the rank holds at each step."""
         return [(self.rank - step) % self.num_shards for step in range(self.num_shards)]
 
-    def positions(self, rank: int, shard_len: int) -> Int32[Array, " shard_len"]:
+    def positions(self, rank: Step, shard_len: int) -> Int32[Array, " shard_len"]:
         """Global positions of a rank's tokens."""
         check_layout(self.layout, shard_len * self.num_shards, self.num_shards)
         return shard_positions(self.layout, rank, shard_len, self.num_shards)
 
-    def mask(self, owner: int, shard_len: int, segment_ids: Int32[Array, "num_shards B T"] | None) -> BlockMask:
+    def mask(self, owner: Step, shard_len: int, segment_ids: Int32[Array, "num_shards B T"] | None) -> BlockMask:
         own = self.positions(self.rank, shard_len)
-        theirs = own if owner == self.rank else self.positions(owner, shard_len)
+        theirs = own if isinstance(owner, int) and owner == self.rank else self.positions(owner, shard_len)
         if segment_ids is None:
             return BlockMask(own, theirs, None, None, self.is_causal)
         return BlockMask(own, theirs, segment_ids[self.rank], segment_ids[owner], self.is_causal)
@@ -56,13 +58,19 @@ def replay_forward(
     segment_ids: Int32[Array, "num_shards B T"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B N T"]]:
     """The rank's output in the query's dtype and its logsumexp, as the ring computes them."""
-    state, scale = None, query.shape[3] ** -0.5
-    for step, owner in enumerate(replay.owners):
-        mask, is_last = replay.mask(owner, query.shape[1], segment_ids), step == replay.num_shards - 1
+    scale = query.shape[3] ** -0.5
+
+    def attend(state: AttentionState | None, owner: Step, is_last: bool = False) -> AttentionState:
+        mask = replay.mask(owner, query.shape[1], segment_ids)
         state = kernel.forward(query, keys[owner], values[owner], state, mask, scale=scale, is_last=is_last)
-        state = lax.optimization_barrier(state)
-    assert state is not None
-    return tuple(state)
+        return lax.optimization_barrier(state)
+
+    *earlier, last = replay.owners
+    if not earlier:
+        return tuple(attend(None, last, is_last=True))
+    state = attend(None, earlier[0])
+    state, _ = _for_each(lambda state, owner: (attend(state, owner), ()), state, earlier[1:])
+    return tuple(attend(state, last, is_last=True))
 
 
 def replay_backward(
@@ -82,13 +90,27 @@ def replay_backward(
     With `arriving` every share is added to it, as a ring adds it to what comes with the block.
     """
     delta = jnp.sum(d_out.astype(jnp.float32) * output.astype(jnp.float32), axis=-1).swapaxes(1, 2)
-    dq = jnp.zeros(query.shape, jnp.float32)
-    shares: dict[int, tuple[Array, Array]] = {}
-    for owner in replay.owners:
+
+    def differentiate(dq: Array, owner: Step) -> tuple[Array, tuple[Array, Array]]:
         mask = replay.mask(owner, query.shape[1], segment_ids)
         arrays = (query, keys[owner], values[owner], d_out, lse, delta, dq)
         dq, *share = kernel.backward(*arrays, mask, scale=query.shape[3] ** -0.5)
         if arriving is not None:
             share = jax.tree.map(jnp.add, list(arriving), share)
-        dq, shares[owner] = lax.optimization_barrier((dq, tuple(share)))
-    return dq.astype(query.dtype), [shares[owner] for owner in range(replay.num_shards)]
+        return lax.optimization_barrier((dq, tuple(share)))
+
+    dq, shares = _for_each(differentiate, jnp.zeros(query.shape, jnp.float32), replay.owners)
+    by_owner = dict(zip(replay.owners, shares, strict=True))
+    return dq.astype(query.dtype), [by_owner[owner] for owner in range(replay.num_shards)]
+
+
+def _for_each[C, Y](step_fn: Callable[[C, Step], tuple[C, Y]], carry: C, owners: list[int]) -> tuple[C, list[Y]]:
+    """Takes the carry through the steps and gives what each gave: in a loop where the ring would be one."""
+    if len(owners) <= MAX_UNROLLED_STEPS:
+        results = []
+        for owner in owners:
+            carry, result = step_fn(carry, owner)
+            results.append(result)
+        return carry, results
+    carry, stacked = lax.scan(step_fn, carry, jnp.asarray(owners, jnp.int32))
+    return carry, [jax.tree.map(lambda x: x[i], stacked) for i in range(len(owners))]

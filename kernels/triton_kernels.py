@@ -17,10 +17,12 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-# A carried state enters a block as sums relative to 2^-24 of its logsumexp: weights relative to the logsumexp itself
-# would be tiny after many blocks, and float16 has no room below 2^-14. A key that weighs less is lost in float32 too.
-STATE_BITS = tl.constexpr(24.0)
-STATE_WEIGHT = tl.constexpr(2.0**24)
+# Backward in float16, weights of at most 1 are brought to at most 2^15 before they are rounded, and score gradients, by
+# a factor chosen as they come, to about as much: with a million keys most would be subnormal otherwise.
+FLOAT16_BITS = tl.constexpr(15.0)
+FLOAT16_WEIGHT = tl.constexpr(2.0**15)
+# Where that factor's exponent starts, for sums that have nothing in them yet.
+MOST_BITS = tl.constexpr(100.0)
 
 
 @triton.jit
@@ -137,8 +139,9 @@ def forward_kernel(query, key, value, q_positions, k_positions, q_segment_ids, k
     """Grid (query tiles, N, B). Continues the softmax of a state, if there is one: `given_output` and `given_lse`, or
     with `IN_PLACE` what `output` and `lse` hold.
 
-    In float32 the block is summed by itself and merged at the end: in one sum over a million keys the small steps would
-    lose two digits. In 16 bits that is far below the rounding of the weights, and one sum takes fewer registers.
+    The block is summed by itself and merged at the end. In one sum over all blocks weights would be tiny beside what
+    has been seen, subnormal in float16, and matrix units round what they add to a large sum towards zero: over a
+    million keys that makes 0.001 of the output.
     """
     # Under a causal mask the last queries meet the most keys: start with those, so that the short tiles fill the tail.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -159,14 +162,9 @@ def forward_kernel(query, key, value, q_positions, k_positions, q_segment_ids, k
         old_output, old_lse = given_output, given_lse
         if IN_PLACE:
             old_output, old_lse = output, lse
-        if HAS_STATE and q.dtype != tl.float32:
-            acc = _load_tile(old_output, batch, head, first, num_queries, Q_SHAPE, False, False) * STATE_WEIGHT
-            peak = tl.load(old_lse + statistics, mask=rows < num_queries, other=float("-inf")) * LOG2_E - STATE_BITS
-            total = tl.where(peak == float("-inf"), 0.0, STATE_WEIGHT)
-        else:
-            acc = tl.zeros([Q_TILE, PADDED_DIM], dtype=tl.float32)
-            peak = tl.full([Q_TILE], float("-inf"), dtype=tl.float32)
-            total = tl.zeros([Q_TILE], dtype=tl.float32)
+        acc = tl.zeros([Q_TILE, PADDED_DIM], dtype=tl.float32)
+        peak = tl.full([Q_TILE], float("-inf"), dtype=tl.float32)
+        total = tl.zeros([Q_TILE], dtype=tl.float32)
         exponent_scale = scale * LOG2_E
 
         for step in range(full_start, full_end):
@@ -196,7 +194,7 @@ def forward_kernel(query, key, value, q_positions, k_positions, q_segment_ids, k
             acc = _add_product(acc * correction[:, None], weights.to(v.dtype), v, PRECISION)
 
         top = peak * LN_2
-        if HAS_STATE and q.dtype == tl.float32:
+        if HAS_STATE:
             # In natural units, as the lse is kept: going to units of log2 and back would round it twice more a block.
             carried = tl.load(old_lse + statistics, mask=rows < num_queries, other=float("-inf"))
             new_top = tl.maximum(top, carried)
@@ -229,7 +227,20 @@ def _load_statistics(lse, delta, batch, head, first_row, num_rows, SHAPE: tl.con
 
 
 @triton.jit
-def _dq_step(dq, query, d_out, key, value, row_lse, row_delta, exponent_scale, visible, MASKED: tl.constexpr,
+def _add_gradients(sums, bits, d_scores, x, PRECISION: tl.constexpr):
+    """`sums + d_scores @ x`, and `bits`: in float16 the sums are kept times 2^bits, as much as the largest score
+    gradient so far leaves room for."""
+    if x.dtype == tl.float16:
+        largest = tl.max(tl.max(tl.abs(d_scores), 1), 0)
+        new_bits = tl.minimum(bits, FLOAT16_BITS - tl.ceil(tl.log2(largest)))
+        d_scores = d_scores * tl.exp2(new_bits)
+        sums = sums * tl.exp2(new_bits - bits)
+        bits = new_bits
+    return _add_product(sums, d_scores.to(x.dtype), x, PRECISION), bits
+
+
+@triton.jit
+def _dq_step(dq, bits, query, d_out, key, value, row_lse, row_delta, exponent_scale, visible, MASKED: tl.constexpr,
              PRECISION: tl.constexpr):  # fmt: skip
     scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
     d_weights = tl.dot(d_out, tl.trans(value), input_precision=PRECISION)
@@ -237,7 +248,7 @@ def _dq_step(dq, query, d_out, key, value, row_lse, row_delta, exponent_scale, v
     if MASKED:
         weights = tl.where(visible, weights, 0.0)
     d_scores = weights * (d_weights - row_delta[:, None])
-    return _add_product(dq, d_scores.to(key.dtype), key, PRECISION)
+    return _add_gradients(dq, bits, d_scores, key, PRECISION)
 
 
 @triton.jit
@@ -264,11 +275,12 @@ def dq_kernel(query, key, value, d_out, lse, delta, q_positions, k_positions, q_
         row_lse, row_delta = _load_statistics(lse, delta, batch, head, first, num_queries, Q_SHAPE, False)
         exponent_scale = scale * LOG2_E
         acc = tl.zeros([Q_TILE, PADDED_DIM], dtype=tl.float32)
+        bits = tl.cast(MOST_BITS, tl.float32)
 
         for step in range(full_start, full_end):
             k = _load_tile(key, batch, kv_head, step * K_TILE, num_keys, K_SHAPE, True, USE_TMA)
             v = _load_tile(value, batch, kv_head, step * K_TILE, num_keys, K_SHAPE, True, USE_TMA)
-            acc = _dq_step(acc, q, do, k, v, row_lse, row_delta, exponent_scale, True, False, PRECISION)
+            acc, bits = _dq_step(acc, bits, q, do, k, v, row_lse, row_delta, exponent_scale, True, False, PRECISION)
 
         q_index, q_position, q_segment = _load_ids(
             q_positions, q_segment_ids, first, num_queries, batch, Q_TILE, IS_CAUSAL, HAS_SEGMENTS
@@ -285,8 +297,10 @@ def dq_kernel(query, key, value, d_out, lse, delta, q_positions, k_positions, q_
                 k_index[None, :], k_position[None, :], k_segment[None, :],
                 num_queries, num_keys, IS_CAUSAL, HAS_SEGMENTS,
             )  # fmt: skip
-            acc = _dq_step(acc, q, do, k, v, row_lse, row_delta, exponent_scale, visible, True, PRECISION)
+            acc, bits = _dq_step(acc, bits, q, do, k, v, row_lse, row_delta, exponent_scale, visible, True, PRECISION)
 
+        if q.dtype == tl.float16:
+            acc = acc * tl.exp2(-bits)
         given = _load_tile(dq, batch, head, first, num_queries, Q_SHAPE, False, False)
         acc = given + acc * scale
         _store_tile(dq, batch, head, first, num_queries, acc, Q_SHAPE)
@@ -302,7 +316,7 @@ def _next_tile(step, head, start, end, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _dkv_step(dk, dv, key, value, query, d_out, row_lse, row_delta, exponent_scale, visible, MASKED: tl.constexpr,
+def _dkv_step(dk, dv, bits, key, value, query, d_out, row_lse, row_delta, exponent_scale, visible, MASKED: tl.constexpr,
               PRECISION: tl.constexpr):  # fmt: skip
     """One tile of queries; scores and weights are transposed, `[keys, queries]`, as the two products need them."""
     scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)
@@ -312,10 +326,12 @@ def _dkv_step(dk, dv, key, value, query, d_out, row_lse, row_delta, exponent_sca
     # The accumulator starts at -delta: the products leave dP - delta, and delta needs no registers meanwhile.
     start = tl.broadcast_to(-row_delta[None, :], scores.shape)
     d_weights = tl.dot(value, tl.trans(d_out), start, input_precision=PRECISION)
-    dv = _add_product(dv, weights.to(d_out.dtype), d_out, PRECISION)
     d_scores = weights * d_weights
-    dk = _add_product(dk, d_scores.to(query.dtype), query, PRECISION)
-    return dk, dv
+    if d_out.dtype == tl.float16:
+        weights = weights * FLOAT16_WEIGHT
+    dv = _add_product(dv, weights.to(d_out.dtype), d_out, PRECISION)
+    dk, bits = _add_gradients(dk, bits, d_scores, query, PRECISION)
+    return dk, dv, bits
 
 
 @triton.jit
@@ -338,6 +354,7 @@ def dkv_kernel(query, key, value, d_out, lse, delta, q_positions, k_positions, q
     first = tile * K_TILE
     acc_k = tl.zeros([K_TILE, PADDED_DIM], dtype=tl.float32)
     acc_v = tl.zeros([K_TILE, PADDED_DIM], dtype=tl.float32)
+    bits = tl.cast(MOST_BITS, tl.float32)
     if start < end:
         k = _load_tile(key, batch, kv_head, first, num_keys, K_SHAPE, False, USE_TMA)
         v = _load_tile(value, batch, kv_head, first, num_keys, K_SHAPE, False, USE_TMA)
@@ -353,8 +370,8 @@ def dkv_kernel(query, key, value, d_out, lse, delta, q_positions, k_positions, q
             q = _load_tile(query, batch, head, first_query, num_queries, Q_SHAPE, True, USE_TMA)
             do = _load_tile(d_out, batch, head, first_query, num_queries, Q_SHAPE, True, USE_TMA)
             row_lse, row_delta = _load_statistics(lse, delta, batch, head, first_query, num_queries, Q_SHAPE, True)
-            acc_k, acc_v = _dkv_step(
-                acc_k, acc_v, k, v, q, do, row_lse, row_delta, exponent_scale, True, False, PRECISION
+            acc_k, acc_v, bits = _dkv_step(
+                acc_k, acc_v, bits, k, v, q, do, row_lse, row_delta, exponent_scale, True, False, PRECISION
             )
             step, head = _next_tile(step, head, full_start, full_end, GROUP)
 
@@ -374,9 +391,12 @@ def dkv_kernel(query, key, value, d_out, lse, delta, q_positions, k_positions, q
                 k_index[:, None], k_position[:, None], k_segment[:, None],
                 num_queries, num_keys, IS_CAUSAL, HAS_SEGMENTS,
             )  # fmt: skip
-            acc_k, acc_v = _dkv_step(
-                acc_k, acc_v, k, v, q, do, row_lse, row_delta, exponent_scale, visible, True, PRECISION
+            acc_k, acc_v, bits = _dkv_step(
+                acc_k, acc_v, bits, k, v, q, do, row_lse, row_delta, exponent_scale, visible, True, PRECISION
             )
             step, head = _next_tile(step, head, 0, num_partial, GROUP)
+        if k.dtype == tl.float16:
+            acc_k = acc_k * tl.exp2(-bits)
+            acc_v = acc_v * (1.0 / FLOAT16_WEIGHT)
     _store_tile(dk, batch, kv_head, first, num_keys, acc_k * scale, K_SHAPE)
     _store_tile(dv, batch, kv_head, first, num_keys, acc_v, K_SHAPE)

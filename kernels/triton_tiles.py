@@ -45,14 +45,14 @@ _ASYNC = (90, 100, 103)
 _SM_80 = {
     64: Tiles(forward=Tile(128, 64, 4, 3), dq=Tile(64, 32, 4, 3), dkv=Tile(64, 128, 8, 2)),
     96: Tiles(forward=Tile(128, 32, 8, 3), dq=Tile(64, 64, 8, 2), dkv=Tile(64, 64, 8, 2)),
-    128: Tiles(forward=Tile(128, 64, 8, 2), dq=Tile(64, 64, 8, 2), dkv=Tile(64, 64, 8, 2)),
+    128: Tiles(forward=Tile(128, 32, 8, 3), dq=Tile(64, 64, 8, 2), dkv=Tile(64, 64, 8, 2)),
     256: Tiles(forward=Tile(64, 64, 8, 2), dq=Tile(64, 32, 8, 2), dkv=Tile(32, 64, 8, 1)),
 }
 # Consumer and inference Ampere and Ada (sm_86, sm_89), and consumer Blackwell: 99 KiB of shared memory per block.
 _SM_86 = {
     64: Tiles(forward=Tile(128, 32, 4, 3), dq=Tile(64, 32, 4, 3), dkv=Tile(64, 128, 8, 2)),
     96: _SM_80[96],
-    128: _SM_80[128],
+    128: Tiles(forward=Tile(128, 64, 8, 2), dq=Tile(64, 64, 8, 2), dkv=Tile(64, 64, 8, 2)),
     256: Tiles(forward=Tile(64, 32, 8, 2), dq=Tile(64, 32, 8, 1), dkv=Tile(16, 64, 8, 2)),
 }
 # Hopper (sm_90): 227 KiB, wgmma. Datacenter Blackwell (sm_100, sm_103) has as much shared memory. dK/dV at head dim 128

@@ -126,21 +126,43 @@ def failures(case: Case, found: dict[str, np.ndarray]) -> list[str]:
 
 
 # A block alone has the rounding errors of its weights, 2^-11 each, and less after averaging. Weights that are subnormal
-# numbers, because they are relative to what the state has seen, make 1e-2.
+# numbers, because they are relative to all that the rows see, make 1e-2 and more.
 FLOAT16_SHARE_ERROR = 1e-3
+_LATE = Case(dtype="float16", queries=64, keys=128, num_blocks=1, is_causal=False)
+_SEEN = 15.0
 
 
 def late_block_error(forward: Any) -> float:
     """Error of what a float16 block adds to a state that has already seen millions of keys, all with value 0."""
-    case = Case(dtype="float16", queries=64, keys=128, num_blocks=1, is_causal=False)
-    data = arrays(case)
-    seen = 15.0
-    state = AttentionState(jnp.zeros(data["query"].shape), jnp.full((1, case.heads, case.queries), seen))
-    mask = _mask(case, data, slice(None))
-    found = forward(data["query"], data["key"], data["value"], state, mask, scale=case.scale)
-    alone = reference_attention(data["query"], data["key"], data["value"], np.ones((1, 64, 128), bool))
-    share = 1 / (1 + np.exp(seen - alone.lse))
+    data, alone = _late_block()
+    state = AttentionState(jnp.zeros(data["query"].shape), jnp.full(alone.lse.shape, _SEEN))
+    mask = _mask(_LATE, data, slice(None))
+    found = forward(data["query"], data["key"], data["value"], state, mask, scale=_LATE.scale)
+    share = 1 / (1 + np.exp(_SEEN - alone.lse))
     return error(np.asarray(found.output), alone.output * share.swapaxes(1, 2)[..., None])
+
+
+def late_block_gradient_error(backward: Any) -> float:
+    """Largest error of the gradients of a float16 block whose rows see millions of other keys too."""
+    data, alone = _late_block()
+    lse = np.logaddexp(alone.lse, _SEEN)
+    delta = np.random.default_rng(1).standard_normal(lse.shape, np.float32)
+    q, k, v, d_out = (np.asarray(data[name], np.float64) for name in ("query", "key", "value", "d_out"))
+    weights = np.exp(np.einsum("btnh,bsnh->bnts", q, k) * _LATE.scale - lse[..., None])
+    d_scores = weights * (np.einsum("btnh,bsnh->bnts", d_out, v) - delta[..., None]) * _LATE.scale
+    exact = [np.einsum("bnts,bsnh->btnh", d_scores, k)]
+    exact += [np.einsum("bnts,btnh->bsnh", x, y) for x, y in ((d_scores, q), (weights, d_out))]
+    given = (data[name] for name in ("query", "key", "value", "d_out"))
+    mask, dq = _mask(_LATE, data, slice(None)), jnp.zeros(data["query"].shape)
+    found = backward(*given, lse.astype(np.float32), delta, dq, mask, scale=_LATE.scale)
+    return max(error(np.asarray(x), y) for x, y in zip(found, exact, strict=True))
+
+
+def _late_block() -> tuple[dict[str, Any], Any]:
+    """Arrays of one block, and its attention alone in float64."""
+    data = arrays(_LATE)
+    visible = np.ones((1, _LATE.queries, _LATE.keys), bool)
+    return data, reference_attention(data["query"], data["key"], data["value"], visible)
 
 
 def _mask(case: Case, data: dict[str, Any], span: slice) -> BlockMask:

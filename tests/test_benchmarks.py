@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import kernels as kernel_benchmarks
 from benchmarks import memory
+from benchmarks import replay as replay_module
 from benchmarks.cases import Case, make_inputs
 from benchmarks.peers import PEERS, Passes
 from benchmarks.replay import Replay, replay_backward, replay_forward
@@ -22,8 +23,11 @@ from tests.budget import assert_within_budget
 CPU = Target("cpu", "cpu")
 
 
-@pytest.mark.parametrize("layout", ["zigzag", "striped"])
-def test_replayed_ranks_equal_the_oracle(layout):
+@pytest.mark.parametrize(("layout", "as_loop"), [("zigzag", False), ("striped", True)])
+def test_replayed_ranks_equal_the_oracle(layout, as_loop, monkeypatch):
+    """Written out step by step, and as the loop that more than 16 steps are."""
+    if as_loop:
+        monkeypatch.setattr(replay_module, "MAX_UNROLLED_STEPS", 0)
     shards, case = 3, Case(1, 96, 4, 2, 8, dtype="float32", segments="packed")
     inputs = make_inputs(case)
     order = np.asarray(layout_positions(layout, case.seq_len, shards))

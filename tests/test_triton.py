@@ -56,7 +56,7 @@ def test_interpreter_agrees_with_the_oracle(interpreter, capability, case):
 
 
 def test_a_late_block_keeps_its_digits(interpreter):
-    assert interpreter.submit(triton_interpreter.late_block_error, 90).result() < FLOAT16_SHARE_ERROR
+    assert max(interpreter.submit(triton_interpreter.late_block_errors, 90).result()) < FLOAT16_SHARE_ERROR
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -77,12 +77,9 @@ def test_what_lies_beyond_a_tail_never_reaches_a_result(interpreter, capability)
         assert np.isnan(found[name][1]).any()
 
 
-@pytest.mark.parametrize(("capability", "head_dims"), [(80, (64, 128, 256)), (86, (64, 256)), (90, (64, 128, 256))])
+@pytest.mark.parametrize(("capability", "head_dims"), [(80, (64, 128, 256)), (86, (64, 128, 256)), (90, (64, 128, 256))])
 def test_registers_and_shared_memory(capability, head_dims, capsys):
-    """The compiler's report for the tables, with all kinds of masks. Needs ptxas, as the CUDA extras bring it.
-
-    For head dim 128 sm_86 has the tiles of sm_80.
-    """
+    """The compiler's report for the tables, with all kinds of masks. Needs ptxas, as the CUDA extras bring it."""
     command = [sys.executable, "-m", "benchmarks.registers", "--compute-capability", str(capability)]
     command += ["--head-dim", *map(str, head_dims), "--documents", "True", "--implementation", "triton"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}

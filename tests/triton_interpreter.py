@@ -32,12 +32,13 @@ def run(case: block_cases.Case, capability: int, data: dict[str, Any]) -> dict[s
         return jax.tree.map(np.asarray, jax.jit(block)(data))
 
 
-def late_block_error(capability: int) -> float:
-    """`block_cases.late_block_error` of the kernels built for `capability`; to be submitted to the pool."""
+def late_block_errors(capability: int) -> tuple[float, float]:
+    """`block_cases.late_block_error` and `late_block_gradient_error` of the kernels built for `capability`."""
     from ring_jax.kernels import triton_gpu
 
     with triton_gpu.target(capability):
-        return block_cases.late_block_error(triton_gpu.forward)
+        forward = block_cases.late_block_error(triton_gpu.forward)
+        return forward, block_cases.late_block_gradient_error(triton_gpu.backward)
 
 
 def _interpret_triton() -> None:
