@@ -11,21 +11,17 @@ it: the planner's prediction was made from rates of kernels and products, not fr
 
 import dataclasses
 import json
-import statistics
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import numpy as np
 import tyro
 from rich.console import Console, Group
 from rich.table import Table
 
 from ring_jax import kernels
 from ring_jax.cluster import GPUS, gpu_description
-from ring_jax.data import Batch
 from ring_jax.kernels import Target
 from ring_jax.mesh import make_mesh
 from ring_jax.planning import Cluster, Workload, find_model, make_plan
@@ -34,10 +30,11 @@ from ring_jax.planning.workload import train_step
 from ring_jax.training.config import parse_seq_len
 
 from .processes import alone, fresh_processes
+from .steps import median_step_seconds, random_batch
 from .timing import environment
 
 MAX_ERROR = 0.01
-STEPS = 4
+STEPS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,25 +108,17 @@ def measure(workload: Workload) -> dict[str, Any]:
     step = train_step(workload, make_mesh({"seq": 1}))
     run = step.lower().compile()
     state = jax.block_until_ready(step.init(0))
-    rows = np.random.default_rng(0).integers(0, 256, (workload.batch, workload.seq_len), np.int32)
-    batch = jax.block_until_ready(step.place(Batch(rows, np.roll(rows, -1, axis=1), np.ones_like(rows))))
+    batch = jax.block_until_ready(step.place(random_batch(workload.batch, workload.seq_len, vocab_size=256)))
     device = jax.devices()[0]
     before = dict(device.memory_stats())
-    seconds, loss = [], float("nan")
-    for _ in range(STEPS):
-        began = time.perf_counter()
-        state, metrics = run(state, batch)
-        loss = float(metrics.loss)
-        seconds.append(time.perf_counter() - began)
-    if not np.isfinite(loss):
-        raise ValueError(f"the loss of {workload.name} is {loss}: what it needed means nothing")
+    seconds = median_step_seconds(run, state, batch, STEPS)
     analysis: Any = run.memory_analysis()
     return {
         "measured_bytes": step_peak(before, dict(device.memory_stats())),
         "compiled_there_bytes": peak_bytes(analysis),
         "before_step": {name: before[name] for name in ("bytes_in_use", "peak_bytes_in_use")},
         "argument_bytes": analysis.argument_size_in_bytes,
-        "measured_seconds": statistics.median(seconds[1:]),
+        "measured_seconds": seconds,
     }
 
 

@@ -8,21 +8,17 @@ works and how memory divides, and says nothing about speed on a cluster, which t
 
 import dataclasses
 import json
-import statistics
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 import matplotlib.pyplot as plt
-import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from ring_jax import LAYOUTS, STRATEGIES
-from ring_jax.data import Batch
 from ring_jax.mesh import format_mesh, make_mesh
 from ring_jax.modules import AttentionOptions
 from ring_jax.planning.hardware import DATASHEETS
@@ -36,6 +32,7 @@ from ring_jax.training.optimizer import OptimizerConfig
 from ring_jax.training.step import StepConfig, TrainStep
 
 from .processes import CPU_DEVICES, alone
+from .steps import median_step_seconds, random_batch
 from .timing import environment
 
 
@@ -73,23 +70,14 @@ def measure(config: Config, shape: dict[str, int], attention: AttentionOptions) 
     model = dataclasses.replace(find_preset(config.model), dtype=dtype, remat=config.remat, attention=attention)
     step = TrainStep(StepConfig(model, OptimizerConfig(), make_mesh(shape), seq_len, config.batch, config.steps + 1))
     run = step.lower().compile()
-    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (config.batch, seq_len), np.int32)
-    batch = step.place(Batch(tokens, np.roll(tokens, -1, axis=1), np.ones_like(tokens)))
-    state, seconds, loss = step.init(0), [], float("nan")
-    for _ in range(config.steps + 1):
-        began = time.perf_counter()
-        state, metrics = run(state, batch)
-        loss = float(metrics.loss)
-        seconds.append(time.perf_counter() - began)
-    if not np.isfinite(loss):
-        raise RuntimeError(f"the loss on {format_mesh(shape)} is {loss}: its time means nothing")
-    median = statistics.median(seconds[1:])
+    batch = step.place(random_batch(config.batch, seq_len, model.vocab_size))
+    median = median_step_seconds(run, step.init(0), batch, config.steps)
     row = {
         "mesh": format_mesh(shape),
         "layout": attention.layout,
         "strategy": attention.strategy,
         "step_seconds": median,
-        "tokens_per_second": tokens.size / median,
+        "tokens_per_second": config.batch * seq_len / median,
         "planned_bytes": peak_bytes(run.memory_analysis()),
         "measured_bytes": max(d.memory_stats()["peak_bytes_in_use"] for d in jax.devices()) if on_gpu else None,
         "mfu": None,

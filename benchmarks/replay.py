@@ -6,6 +6,7 @@ it against one kernel's own best rate. With one shard it is plain attention.
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable
 
 import jax
@@ -65,12 +66,12 @@ def replay_forward(
         state = kernel.forward(query, keys[owner], values[owner], state, mask, scale=scale, is_last=is_last)
         return lax.optimization_barrier(state)
 
-    *earlier, last = replay.owners
-    if not earlier:
-        return tuple(attend(None, last, is_last=True))
-    state = attend(None, earlier[0])
-    state, _ = _for_each(lambda state, owner: (attend(state, owner), ()), state, earlier[1:])
-    return tuple(attend(state, last, is_last=True))
+    first, *others = replay.owners
+    state = attend(None, first, is_last=not others)
+    if others:
+        state, _ = _for_each(lambda state, owner: (attend(state, owner), ()), state, others[:-1])
+        state = attend(state, others[-1], is_last=True)
+    return state.output, state.lse
 
 
 def replay_backward(
@@ -113,4 +114,4 @@ def _for_each[C, Y](step_fn: Callable[[C, Step], tuple[C, Y]], carry: C, owners:
             results.append(result)
         return carry, results
     carry, stacked = lax.scan(step_fn, carry, jnp.asarray(owners, jnp.int32))
-    return carry, [jax.tree.map(lambda x: x[i], stacked) for i in range(len(owners))]
+    return carry, [jax.tree.map(operator.itemgetter(i), stacked) for i in range(len(owners))]

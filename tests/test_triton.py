@@ -77,7 +77,9 @@ def test_what_lies_beyond_a_tail_never_reaches_a_result(interpreter, capability)
         assert np.isnan(found[name][1]).any()
 
 
-@pytest.mark.parametrize(("capability", "head_dims"), [(80, (64, 128, 256)), (86, (64, 128, 256)), (90, (64, 128, 256))])
+@pytest.mark.parametrize(
+    ("capability", "head_dims"), [(80, (64, 128, 256)), (86, (64, 128, 256)), (90, (64, 128, 256))]
+)
 def test_registers_and_shared_memory(capability, head_dims, capsys):
     """The compiler's report for the tables, with all kinds of masks. Needs ptxas, as the CUDA extras bring it."""
     command = [sys.executable, "-m", "benchmarks.registers", "--compute-capability", str(capability)]

@@ -13,9 +13,8 @@ from benchmarks.memory import MAX_ERROR
 pytestmark = pytest.mark.gpu
 
 ROOT = Path(__file__).parent.parent.parent
-# This process may hold memory for other tests: the command's take what they need, and no settings made for tests.
+# No settings made for tests.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-ENVIRONMENT |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
 def test_planned_memory_is_measured_memory(tmp_path):
