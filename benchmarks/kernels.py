@@ -292,7 +292,7 @@ def draw_chart(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in rows if row["shards"] == 1]
+    rows = [row for row in rows if row["shards"] == 1 and "failed" not in row]
     cases = list(dict.fromkeys(row["case"] for row in rows))
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     figure, panels = plt.subplots(2, 1, figsize=(2 + 2.2 * len(cases), 8), sharex=True, layout="constrained")
