@@ -43,6 +43,8 @@ class Config:
     model: str = "tiny"
     seq_len: str = "4K"
     batch: int = 2
+    layers: int = 0
+    """Run only so many of the model's layers, to measure on one GPU what many share. 0: all."""
     remat: str = "attention"
     layouts: tuple[str, ...] = LAYOUTS
     strategies: tuple[str, ...] = STRATEGIES
@@ -50,6 +52,10 @@ class Config:
     """Timed steps, after one that is not."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Where to write mesh-MODEL.json and .png. None: print only."""
+
+    def __post_init__(self):
+        if self.layers < 0:
+            raise ValueError(f"layers must be at least 0 (all of the model's), got {self.layers}")
 
 
 def configurations(config: Config, num_devices: int) -> Iterator[tuple[dict[str, int], AttentionOptions]]:
@@ -68,6 +74,7 @@ def measure(config: Config, shape: dict[str, int], attention: AttentionOptions) 
     seq_len = parse_seq_len(config.seq_len)
     dtype = "bfloat16" if on_gpu else "float32"
     model = dataclasses.replace(find_preset(config.model), dtype=dtype, remat=config.remat, attention=attention)
+    model = dataclasses.replace(model, num_layers=config.layers or model.num_layers)
     step = TrainStep(StepConfig(model, OptimizerConfig(), make_mesh(shape), seq_len, config.batch, config.steps + 1))
     run = step.lower().compile()
     batch = step.place(random_batch(config.batch, seq_len, model.vocab_size))
@@ -113,7 +120,8 @@ def _look_round() -> tuple[dict[str, str], int]:
 
 
 def _table(config: Config, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"{config.model}, {config.batch} x {config.seq_len} tokens, remat {config.remat}")
+    layers = f", layers: {config.layers}" if config.layers else ""
+    table = Table(title=f"{config.model}{layers}, {config.batch} x {config.seq_len} tokens, remat {config.remat}")
     columns = ("mesh", "layout", "strategy", "step, s", "tokens/s", "planned, MB", "measured, MB", "MFU")
     for column in columns:
         table.add_column(column, overflow="fold")

@@ -1,6 +1,7 @@
 """`jax.vmap` of block kernels that jax cannot map by itself: the mapped dim joins the batch."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Int32, PyTree
 
 from .contract import AttentionState, BlockKernel, BlockMask, Gradients
+from .tracing import diagonal_as_none, with_key_positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,25 +35,28 @@ class Mappable:
 def _call(function: Any, *args: Any) -> Any:
     """`function(*args)`, whose last argument is the mask."""
     *arrays, mask = args
-    # A kernel may ask whether both sides are the same tokens, and would not see it in two traced arrays.
-    is_diagonal = mask.q_positions is mask.k_positions
-    positions = (mask.q_positions,) if is_diagonal else (mask.q_positions, mask.k_positions)
 
     @custom_vmap
-    def call(positions, arrays, q_segment_ids, k_segment_ids):
-        return function(*arrays, BlockMask(positions[0], positions[-1], q_segment_ids, k_segment_ids, mask.is_causal))
+    def call(mask, arrays):
+        return function(*arrays, with_key_positions(mask))
 
     @call.def_vmap
-    def _(size: int, is_mapped: list, *args: PyTree):
-        if any(jax.tree.leaves(is_mapped[0])):
-            results = lax.map(lambda index: call(*_entry(args, tuple(is_mapped), index)), jnp.arange(size))
+    def _(size: int, is_mapped: list, mask: BlockMask, arrays: list):
+        mask_is_mapped, arrays_are_mapped = is_mapped
+        if mask_is_mapped.q_positions or mask_is_mapped.k_positions:
+            results = lax.map(lambda i: call(*_entry((mask, arrays), tuple(is_mapped), i)), jnp.arange(size))
         else:
-            positions, *batched = args
-            folded = jax.tree.map(lambda x, mapped: _fold(x, mapped, size), batched, is_mapped[1:])
-            results = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), call(positions, *folded))
+            fold = functools.partial(_fold, size=size)
+            ids = jax.tree.map(fold, _segment_ids(mask), _segment_ids(mask_is_mapped))
+            results = call(dataclasses.replace(mask, **ids), jax.tree.map(fold, arrays, arrays_are_mapped))
+            results = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), results)
         return results, jax.tree.map(lambda _: True, results)
 
-    return call(positions, arrays, mask.q_segment_ids, mask.k_segment_ids)
+    return call(diagonal_as_none(mask), arrays)
+
+
+def _segment_ids(mask: BlockMask) -> dict[str, Any]:
+    return {"q_segment_ids": mask.q_segment_ids, "k_segment_ids": mask.k_segment_ids}
 
 
 def _entry(args: PyTree, is_mapped: PyTree[bool], index: Int32[Array, ""]) -> PyTree:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from .batching import Mappable
 from .contract import AttentionState, BlockKernel, Gradients
 from .ptxas import miscompiling_reason
+from .tracing import TracedOnce
 from .triton_gpu import compute_capability
 from .triton_gpu import target as triton_target
 
@@ -134,7 +135,7 @@ def load(implementation: str, target: Target) -> BlockKernel:
     if implementation == "triton":
         assert target.compute_capability is not None
         kernel = _TritonFor(kernel, target.compute_capability)
-    return Mappable(kernel) if implementation in _WITHOUT_VMAP else kernel
+    return TracedOnce(Mappable(kernel) if implementation in _WITHOUT_VMAP else kernel)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,7 +74,7 @@ def test_the_pictures_are_those_that_the_script_draws(tmp_path):
 
 def _commands(text: str) -> list[str]:
     in_blocks = [line for block in _blocks(text, "bash") for line in block.splitlines()]
-    inline = re.findall(r"`((?:[A-Z_]+=\S+ )?(?:make|python -m) [^`]+)`", text)
+    inline = re.findall(r"`((?:[A-Z_]+=\S+ )*(?:make|python -m) [^`]+)`", text)
     return [command.split("#")[0].strip() for command in in_blocks + inline]
 
 

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ring_jax import ring_attention
 from ring_jax.cluster import compile_only_devices
 from ring_jax.kernels import IMPLEMENTATIONS, Need, Target, choose, has_fused_backward, load, registry
+from tests.stablehlo import lines_as_run
 
 H100 = Target("gpu", "NVIDIA H100 80GB HBM3", 90, is_compile_only=True)
 A100 = Target("gpu", "NVIDIA A100-SXM4-80GB", 80, is_compile_only=True)
@@ -83,7 +84,8 @@ def _kernels(implementation: str, head_dim: int) -> list[str]:
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
     attend = functools.partial(ring_attention, mesh=mesh, implementation=implementation)
     gradient = jax.jit(lambda q, d_out: jax.vjp(lambda q: attend(q, q, q), q)[1](d_out))
-    return re.findall(r"ring_jax_attention_(\w+)_mosaic_gpu", gradient.lower(x, x).as_text())
+    program = "\n".join(lines_as_run(gradient.lower(x, x).as_text()))
+    return re.findall(r"ring_jax_attention_(\w+)_mosaic_gpu", program)
 
 
 @pytest.mark.parametrize(

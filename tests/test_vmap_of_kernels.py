@@ -16,6 +16,7 @@ from ring_jax.cluster import compile_only_devices
 from ring_jax.kernels import mosaic_gpu, xla
 from ring_jax.kernels.batching import Mappable
 from ring_jax.kernels.contract import AttentionState, BlockMask
+from tests.stablehlo import lines_as_run
 
 SIZE = 3
 # Named as they go into `_block`; those that a case does not map are the same for all entries.
@@ -140,7 +141,7 @@ def test_ring_attention_on_gpus_maps_without_more_launches(implementation, launc
         return jax.vjp(functools.partial(attend, implementation=implementation), q, k, v)[1](d_out)
 
     text = jax.jit(jax.vmap(gradient, (0, 0, None, 0, 0))).lower(q, k, k.update(shape=k.shape[1:]), ids, q).as_text()
-    calls = [line for line in text.splitlines() if re.search(r"custom_call @(mosaic_gpu|triton_kernel)", line)]
+    calls = [line for line in lines_as_run(text) if re.search(r"custom_call @(mosaic_gpu|triton_kernel)", line)]
     assert len(calls) == launches
     assert all(f"tensor<{SIZE}x128x4x64xbf16>" in call for call in calls)
 
