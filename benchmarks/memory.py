@@ -111,7 +111,7 @@ def measure(workload: Workload) -> dict[str, Any]:
     batch = jax.block_until_ready(step.place(random_batch(workload.batch, workload.seq_len, vocab_size=256)))
     device = jax.devices()[0]
     before = dict(device.memory_stats())
-    seconds = median_step_seconds(run, state, batch, STEPS)
+    seconds = median_step_seconds(run, state, batch, steps=STEPS, name=workload.name)
     analysis: Any = run.memory_analysis()
     return {
         "measured_bytes": step_peak(before, dict(device.memory_stats())),

@@ -57,6 +57,15 @@ class Config:
         if self.layers < 0:
             raise ValueError(f"layers must be at least 0 (all of the model's), got {self.layers}")
 
+    @property
+    def title(self) -> str:
+        return self.model + (f" with {self.layers} of its layers" if self.layers else "")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the times depend on."""
+        return {name: getattr(self, name) for name in ("model", "layers", "seq_len", "batch", "remat")}
+
 
 def configurations(config: Config, num_devices: int) -> Iterator[tuple[dict[str, int], AttentionOptions]]:
     """Every mesh with every layout and strategy; a ring of one has only one layout."""
@@ -78,7 +87,8 @@ def measure(config: Config, shape: dict[str, int], attention: AttentionOptions) 
     step = TrainStep(StepConfig(model, OptimizerConfig(), make_mesh(shape), seq_len, config.batch, config.steps + 1))
     run = step.lower().compile()
     batch = step.place(random_batch(config.batch, seq_len, model.vocab_size))
-    median = median_step_seconds(run, step.init(0), batch, config.steps)
+    name = f"{config.title} on {format_mesh(shape)}"
+    median = median_step_seconds(run, step.init(0), batch, steps=config.steps, name=name)
     row = {
         "mesh": format_mesh(shape),
         "layout": attention.layout,
@@ -120,8 +130,7 @@ def _look_round() -> tuple[dict[str, str], int]:
 
 
 def _table(config: Config, rows: list[dict[str, Any]]) -> Table:
-    layers = f", layers: {config.layers}" if config.layers else ""
-    table = Table(title=f"{config.model}{layers}, {config.batch} x {config.seq_len} tokens, remat {config.remat}")
+    table = Table(title=f"{config.title}, {config.batch} x {config.seq_len} tokens, remat {config.remat}")
     columns = ("mesh", "layout", "strategy", "step, s", "tokens/s", "planned, MB", "measured, MB", "MFU")
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -144,10 +153,12 @@ def _write(config: Config, about: dict[str, str], rows: list[dict[str, Any]]) ->
     assert config.out is not None
     config.out.mkdir(parents=True, exist_ok=True)
     path = config.out / f"mesh-{config.model}.json"
-    path.write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({"environment": about, "config": config.settings, "rows": rows}, indent=1) + "\n", encoding="utf-8"
+    )
     figure, ax = plt.subplots(figsize=(7, 1 + 0.3 * len(rows)), layout="constrained")
     ax.barh([f"{row['mesh']} {row['layout']}" for row in rows], [row["tokens_per_second"] for row in rows])
-    ax.set(xlabel="tokens/s", title=f"{config.model} on {about['device']} devices")
+    ax.set(xlabel="tokens/s", title=f"{config.title} on {about['device']} devices")
     figure.savefig(path.with_suffix(".png"), dpi=150)
     plt.close(figure)
 

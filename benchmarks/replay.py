@@ -100,13 +100,15 @@ def replay_backward(
             share = jax.tree.map(jnp.add, list(arriving), share)
         return lax.optimization_barrier((dq, tuple(share)))
 
-    dq, shares = _for_each(differentiate, jnp.zeros(query.shape, jnp.float32), replay.owners)
-    by_owner = dict(zip(replay.owners, shares, strict=True))
+    first, *others = replay.owners
+    dq, share = differentiate(jnp.zeros(query.shape, jnp.float32), first)
+    dq, shares = _for_each(differentiate, dq, others)
+    by_owner = dict(zip(replay.owners, [share, *shares], strict=True))
     return dq.astype(query.dtype), [by_owner[owner] for owner in range(replay.num_shards)]
 
 
 def _for_each[C, Y](step_fn: Callable[[C, Step], tuple[C, Y]], carry: C, owners: list[int]) -> tuple[C, list[Y]]:
-    """Takes the carry through the steps and gives what each gave: in a loop where the ring would be one."""
+    """Takes the carry through the steps and gives what each gave: in a loop where there are many, as in the ring."""
     if len(owners) <= MAX_UNROLLED_STEPS:
         results = []
         for owner in owners:

@@ -18,11 +18,11 @@ def random_batch(batch: int, seq_len: int, vocab_size: int) -> Batch:
     return Batch(tokens, np.roll(tokens, -1, axis=1), np.ones_like(tokens))
 
 
-def median_step_seconds(run: Callable[..., Any], state: TrainState, batch: Any, steps: int) -> float:
+def median_step_seconds(run: Callable[..., Any], state: TrainState, batch: Any, *, steps: int, name: str) -> float:
     """Median seconds of a compiled training step over `steps` steps, after one that is not counted.
 
     Raises:
-        ValueError: the loss is not finite: times and memory of such steps mean nothing.
+        ValueError: the loss is not finite: times and memory of such steps mean nothing. It tells the step's `name`.
     """
     seconds = []
     for _ in range(steps + 1):
@@ -31,5 +31,5 @@ def median_step_seconds(run: Callable[..., Any], state: TrainState, batch: Any, 
         loss = float(metrics.loss)
         seconds.append(time.perf_counter() - began)
         if not math.isfinite(loss):
-            raise ValueError(f"the loss is {loss}: what the step took means nothing")
+            raise ValueError(f"the loss of {name} is {loss}: what its step took means nothing")
     return statistics.median(seconds[1:])

@@ -43,7 +43,7 @@ def diagonal_as_none(mask: BlockMask) -> BlockMask:
 
     A kernel may ask whether both sides are the same tokens, and would not see it in two traced arrays.
     """
-    # The type is left as it is: only `with_key_positions` ever sees such a mask.
+    # The type is left as it is: no kernel ever sees such a mask.
     none: Any = None
     return dataclasses.replace(mask, k_positions=none) if mask.k_positions is mask.q_positions else mask
 

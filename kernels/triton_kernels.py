@@ -229,7 +229,7 @@ def _load_statistics(lse, delta, batch, head, first_row, num_rows, SHAPE: tl.con
 @triton.jit
 def _add_gradients(sums, bits, d_scores, x, PRECISION: tl.constexpr):
     """`sums + d_scores @ x`, and `bits`: in float16 the sums are kept times 2^bits, as much as the largest score
-    gradient so far leaves room for."""
+    gradient so far leaves room for. An infinite one leaves none: all sums of the tile become NaN."""
     if x.dtype == tl.float16:
         largest = tl.max(tl.max(tl.abs(d_scores), 1), 0)
         new_bits = tl.minimum(bits, FLOAT16_BITS - tl.ceil(tl.log2(largest)))

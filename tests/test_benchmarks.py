@@ -23,7 +23,7 @@ from tests.budget import assert_within_budget
 CPU = Target("cpu", "cpu")
 
 
-@pytest.mark.parametrize(("layout", "as_loop"), [("zigzag", False), ("striped", True)])
+@pytest.mark.parametrize(("layout", "as_loop"), [("zigzag", False), ("striped", False), ("striped", True)])
 def test_replayed_ranks_equal_the_oracle(layout, as_loop, monkeypatch):
     """Written out step by step, and as the loop that more than 16 steps are."""
     if as_loop:

@@ -78,11 +78,17 @@ def test_what_lies_beyond_a_tail_never_reaches_a_result(interpreter, capability)
 
 
 @pytest.mark.parametrize(
-    ("capability", "head_dims"), [(80, (64, 128, 256)), (86, (64, 128, 256)), (90, (64, 128, 256))]
+    ("capability", "dtype", "head_dims"),
+    [
+        (80, "bfloat16", (64, 128, 256)),
+        (80, "float16", (128,)),
+        (86, "bfloat16", (64, 128, 256)),
+        (90, "bfloat16", (64, 128, 256)),
+    ],
 )
-def test_registers_and_shared_memory(capability, head_dims, capsys):
+def test_registers_and_shared_memory(capability, dtype, head_dims, capsys):
     """The compiler's report for the tables, with all kinds of masks. Needs ptxas, as the CUDA extras bring it."""
-    command = [sys.executable, "-m", "benchmarks.registers", "--compute-capability", str(capability)]
+    command = [sys.executable, "-m", "benchmarks.registers", "--compute-capability", str(capability), "--dtype", dtype]
     command += ["--head-dim", *map(str, head_dims), "--documents", "True", "--implementation", "triton"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     run = subprocess.run(command, capture_output=True, text=True, env=environment)

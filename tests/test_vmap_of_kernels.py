@@ -13,9 +13,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ring_jax import ring_attention, ring_attention_shard
 from ring_jax.cluster import compile_only_devices
-from ring_jax.kernels import mosaic_gpu, xla
+from ring_jax.kernels import Target, load, mosaic_gpu, xla
 from ring_jax.kernels.batching import Mappable
 from ring_jax.kernels.contract import AttentionState, BlockMask
+from ring_jax.kernels.tracing import TracedOnce
 from tests.stablehlo import lines_as_run
 
 SIZE = 3
@@ -90,7 +91,8 @@ def test_vmap_of_vmap():
         _assert_as_if_alone({name: x[i] for name, x in found.items()}, one)
 
 
-def test_a_kernel_still_sees_that_both_sides_are_the_same_tokens():
+@pytest.mark.parametrize("wrapped", [Mappable, TracedOnce, lambda kernel: TracedOnce(Mappable(kernel))])
+def test_a_kernel_still_sees_that_both_sides_are_the_same_tokens(wrapped):
     class Spy:
         def forward(self, query, key, value, state, mask, **options):
             seen.append((mask.q_positions is mask.k_positions, options))
@@ -99,10 +101,40 @@ def test_a_kernel_still_sees_that_both_sides_are_the_same_tokens():
     seen: list[tuple[bool, dict]] = []
     x, positions = jnp.zeros((1, 8, 1, 8)), jnp.arange(8, dtype=jnp.int32)
     state = AttentionState(x, jnp.zeros((1, 1, 8)))
+    kernel = wrapped(Spy())
     for others in (positions, positions + 0):
         mask = BlockMask(positions, others, None, None, is_causal=True)
-        Mappable(Spy()).forward(x, x, x, state, mask, scale=0.3)  # pyright: ignore[reportArgumentType]
+        kernel.forward(x, x, x, state, mask, scale=0.3)
     assert seen == [(True, {"scale": 0.3}), (False, {"scale": 0.3})]
+
+
+def test_equal_calls_of_a_kernel_are_traced_once():
+    traced = []
+
+    class Spy:
+        def forward(self, query, key, value, state, mask, **options):
+            traced.append((mask.is_causal, options["scale"]))
+            return state
+
+        def backward(self, *args, **options):
+            raise AssertionError("not called")
+
+    kernel = TracedOnce(Spy())
+    x, positions = jnp.zeros((1, 8, 1, 8)), jnp.arange(8, dtype=jnp.int32)
+    state = AttentionState(x, jnp.zeros((1, 1, 8)))
+
+    @jax.jit
+    def ring(state):
+        for step in range(3):
+            state = kernel.forward(x, x, x, state, BlockMask(positions, positions + step, None, None, True), scale=0.3)
+        return kernel.forward(x, x, x, state, BlockMask(positions, positions + 1, None, None, False), scale=0.3)
+
+    ring(state)
+    assert traced == [(True, 0.3), (False, 0.3)]
+
+
+def test_the_registry_s_kernels_are_traced_once():
+    assert isinstance(load("xla", Target("cpu", "cpu")), TracedOnce)
 
 
 def test_mosaic_kernels_in_the_interpreter():

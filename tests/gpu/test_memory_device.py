@@ -1,4 +1,4 @@
-"""The planner's memory is that of a real GPU, within 1 %: `pytest -m gpu`, with `JAX_PLATFORMS=cuda`."""
+"""The planner's memory is that of a real GPU, within 1 %: on a GPU, as CONTRIBUTING.md says."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from benchmarks.memory import MAX_ERROR
 pytestmark = pytest.mark.gpu
 
 ROOT = Path(__file__).parent.parent.parent
-# No settings made for tests.
+# No settings made for tests; the command's processes take the GPU's memory as a user's would.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
 
 

@@ -1,4 +1,4 @@
-"""The Mosaic GPU kernels on a Hopper GPU: `pytest -m gpu`, with `JAX_PLATFORMS=cuda`."""
+"""The Mosaic GPU kernels on a Hopper GPU, as CONTRIBUTING.md says."""
 
 import jax
 import jax.numpy as jnp
