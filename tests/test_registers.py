@@ -38,6 +38,15 @@ def test_spills_are_stores_and_loads_together():
         registers._registers_and_spills("nothing")
 
 
+def test_products_that_wait_for_each_other_do_not_fit(monkeypatch, capsys):
+    options = Options((90,), ("bfloat16",), (64,), documents=(False,), implementation=("mosaic_gpu",))
+    for serialized in (False, True):
+        use = registers.Usage("forward", 168, 0, 1000, serialized)
+        monkeypatch.setattr(registers, "usage", lambda variant, use=use: [use])
+        assert main(options) == serialized
+    assert capsys.readouterr().out.count("!") == 1
+
+
 def test_the_switches_are_as_they_were(monkeypatch, capfd):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "0")
     monkeypatch.delenv("MOSAIC_GPU_DUMP_RESOURCES", raising=False)
