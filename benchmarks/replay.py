@@ -88,14 +88,15 @@ def replay_backward(
 ) -> tuple[Float[Array, "B T N H"], list[tuple[Array, Array]]]:
     """The rank's dQ in the query's dtype, and by owner its shares of every block's dK and dV in float32.
 
-    With `arriving` every share is added to it, as a ring adds it to what comes with the block.
+    With `arriving` every share is added to it, as a ring adds it to what comes with the block. With one shard the only
+    share is in the key's dtype.
     """
     delta = jnp.sum(d_out.astype(jnp.float32) * output.astype(jnp.float32), axis=-1).swapaxes(1, 2)
 
     def differentiate(dq: Array, owner: Step) -> tuple[Array, tuple[Array, Array]]:
         mask = replay.mask(owner, query.shape[1], segment_ids)
         arrays = (query, keys[owner], values[owner], d_out, lse, delta, dq)
-        dq, *share = kernel.backward(*arrays, mask, scale=query.shape[3] ** -0.5)
+        dq, *share = kernel.backward(*arrays, mask, scale=query.shape[3] ** -0.5, is_only=replay.num_shards == 1)
         if arriving is not None:
             share = jax.tree.map(jnp.add, list(arriving), share)
         return lax.optimization_barrier((dq, tuple(share)))

@@ -61,11 +61,14 @@ class BlockMask:
 
 
 class Gradients(NamedTuple):
-    """Gradients of one block, all float32: `dq` is the given `dq` plus this block's share, `dk` and `dv` are new."""
+    """Gradients of one block: `dq` is the given `dq` plus this block's share, `dk` and `dv` are new.
+
+    All are float32, but for `dk` and `dv` of a block that is the only one: they have the key's dtype.
+    """
 
     dq: Float32[Array, "B T N H"]
-    dk: Float32[Array, "B S K H"]
-    dv: Float32[Array, "B S K H"]
+    dk: Float[Array, "B S K H"]
+    dv: Float[Array, "B S K H"]
 
 
 class BlockKernel(Protocol):
@@ -106,9 +109,12 @@ class BlockKernel(Protocol):
         mask: BlockMask,
         *,
         scale: float,
+        is_only: bool = False,
     ) -> Gradients:
         """This block's gradients from the final `lse` of the whole ring and `delta = rowsum(d_out * output) - d_lse`.
 
-        The share of `dq` is added to the given `dq`, in place where the implementation can.
+        The share of `dq` is added to the given `dq`, in place where the implementation can. If the block is the only
+        one (`is_only`), nothing will be added to `dk` and `dv`, and they come in the key's dtype: an implementation
+        then need not write the float32 ones.
         """
         ...

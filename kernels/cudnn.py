@@ -73,11 +73,13 @@ def backward(
     mask: BlockMask,
     *,
     scale: float,
+    is_only: bool = False,
 ) -> Gradients:
     """This block's gradients from the ring's final `lse`. See `contract.BlockKernel`; raises like `forward`."""
     d_out, output = _stand_in_output(d_out, delta)
     block_dq, dk, dv = _call_backward(query, key, value, lse, output, d_out, _mask_name(mask), scale)
-    dk, dv = dk.astype(jnp.float32), dv.astype(jnp.float32)
+    if not is_only:
+        dk, dv = dk.astype(jnp.float32), dv.astype(jnp.float32)
     return Gradients(dq + block_dq.astype(jnp.float32), dk, dv)
 
 

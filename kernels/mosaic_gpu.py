@@ -82,6 +82,7 @@ def backward(
     mask: BlockMask,
     *,
     scale: float,
+    is_only: bool = False,
 ) -> Gradients:
     """This block's gradients; its share of `dq` is added in place. See `contract.BlockKernel`.
 
@@ -90,12 +91,12 @@ def backward(
     like `forward`.
     """
     if query.shape[3] > MAX_FUSED_HEAD_DIM:
-        return deterministic_backward(query, key, value, d_out, lse, delta, dq, mask, scale=scale)
+        return deterministic_backward(query, key, value, d_out, lse, delta, dq, mask, scale=scale, is_only=is_only)
     _refuse(query, scale)
     columns = 64 if query.shape[3] <= 64 else 128
     config = BackwardConfig(q_tile=128 if columns == 64 else 64)
     inputs, dq = _pad_all(query, key, value, d_out, lse, delta, dq, columns=columns)
-    result = differentiate(*inputs, dq, mask, scale=scale, config=config)
+    result = differentiate(*inputs, dq, mask, scale=scale, is_only=is_only, config=config)
     return _crop(result, query, key)
 
 
@@ -110,11 +111,14 @@ def deterministic_backward(
     mask: BlockMask,
     *,
     scale: float,
+    is_only: bool = False,
 ) -> Gradients:
     """Like `backward`, adding in a fixed order: two runs give identical bits. Two kernels, eight products, not five."""
     _refuse(query, scale)
     inputs, dq = _pad_all(query, key, value, d_out, lse, delta, dq, columns=_round_up(query.shape[3], 32))
     dk, dv = differentiate_keys(*inputs, mask, scale=scale)
+    if is_only:
+        dk, dv = dk.astype(key.dtype), dv.astype(key.dtype)
     return _crop(Gradients(differentiate_queries(*inputs, dq, mask, scale=scale), dk, dv), query, key)
 
 

@@ -38,8 +38,10 @@ from .tiles import TileRanges, query_ranges
 _LOG2_E = math.log2(math.e)
 _COMPUTE_WARPGROUPS = 2
 _PRODUCER_REGISTERS, _COMPUTE_REGISTERS = 24, 240
-# Measured on an H200: from 2048 programs on heads one after the other are faster under a causal mask, at 512 slower.
-_MANY_PROGRAMS = 2048
+# Measured on an H200 with 4 query heads for a key/value head: at 1024 programs heads one after the other are faster.
+_MANY_PROGRAMS = 1024
+# And: 4 steps between programs beside each other are the fastest, with 2 to 6 of them within 1 %.
+_STEPS_APART = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +117,10 @@ class _Block:
     group: int
     head_dim: int
     dtype: jnp.dtype
+    gradient_dtype: jnp.dtype
     is_causal: bool
+    # Whether programs beside each other begin with other query tiles; documents part them by themselves.
+    is_apart: bool
     scale: float
 
     @property
@@ -161,12 +166,26 @@ class _Program:
     def place(self, step: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Query head and query tile of a step: the partial tiles of all heads of the group, then their full ones."""
         if self.block.group == 1:
-            return self.kv_head, self.walk.tile(step)
+            return self.kv_head, self.tile(step)
         is_partial = step < self.partial_steps
         index = jnp.where(is_partial, step, step - self.partial_steps)
         tiles = jnp.maximum(jnp.where(is_partial, self.walk.partial, self.walk.steps - self.walk.partial), 1)
         tile_step = lax.rem(index, tiles) + jnp.where(is_partial, 0, self.walk.partial)
-        return self.kv_head * self.block.group + lax.div(index, tiles), self.walk.tile(tile_step)
+        return self.kv_head * self.block.group + lax.div(index, tiles), self.tile(tile_step)
+
+    def tile(self, step: jax.Array) -> jax.Array:
+        """The query tile of a step within a head. Each program begins the full ones a few later than the one before it.
+
+        Programs of one head run side by side: beginning with the same tiles, they would add to the same dQ at once.
+        """
+        walk = self.walk
+        if not self.block.is_apart:
+            return walk.tile(step)
+        apart = max(1, _STEPS_APART // self.block.group)
+        num_full = jnp.maximum(walk.steps - walk.partial, 1)
+        full = step - walk.partial + lax.rem(self.key_tile * apart, num_full)
+        full = jnp.where(full >= num_full, full - num_full, full)
+        return jnp.where(step < walk.partial, walk.tile(step), walk.full_start + full)
 
     def slot(self, step: jax.Array) -> jax.Array:
         return lax.rem(step, jnp.int32(self.block.config.stages))
@@ -271,7 +290,7 @@ class _Worker:
         plgpu.barrier_wait(scratch.all_done)
         buffer = scratch.gradient.at[self.warpgroup]
         for target, gradient in ((dv, carry.dv), (dk, carry.dk * program.block.scale)):
-            buffer[...] = gradient
+            buffer[...] = gradient.astype(buffer.dtype)
             plgpu.commit_smem()
             where = (program.batch, program.keys(self.warpgroup), program.kv_head)
             plgpu.copy_smem_to_gmem(buffer, target.at[where])
@@ -375,11 +394,14 @@ def differentiate(
     mask: BlockMask,
     *,
     scale: float,
+    is_only: bool,
     config: BackwardConfig,
 ) -> Gradients:
     """This block's gradients, its share of `dq` added in place in no fixed order. T and S are multiples of 8."""
     batch, num_queries, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[2]
+    grid = {"kv_heads": num_kv_heads, "key_tiles": -(-key.shape[1] // config.k_tile), "batch": batch}
+    order = _grid_order(mask.is_causal, math.prod(grid.values()))
     block = _Block(
         config=config,
         num_queries=num_queries,
@@ -387,7 +409,9 @@ def differentiate(
         group=num_heads // num_kv_heads,
         head_dim=head_dim,
         dtype=query.dtype,
+        gradient_dtype=key.dtype if is_only else jnp.dtype(jnp.float32),
         is_causal=mask.is_causal,
+        is_apart=order[0] == "kv_heads" and mask.q_segment_ids is None,
         scale=scale,
     )
     masks = MaskInputs.of(mask, config.q_tile, config.k_tile)
@@ -399,9 +423,7 @@ def differentiate(
         inputs = jax.tree.unflatten(treedef, input_refs)
         _Program.here(block, inputs, dq_ref, _Scratch(**scratch)).run(dk_ref, dv_ref)
 
-    gradient = jax.ShapeDtypeStruct(key.shape, jnp.float32)
-    grid = {"kv_heads": num_kv_heads, "key_tiles": -(-key.shape[1] // config.k_tile), "batch": batch}
-    order = _grid_order(mask.is_causal, math.prod(grid.values()))
+    gradient = jax.ShapeDtypeStruct(key.shape, block.gradient_dtype)
     kernel = plgpu.kernel(
         body,
         out_type=(gradient, gradient),
@@ -418,18 +440,17 @@ def differentiate(
         dq_ref, dk_ref, dv_ref = refs
         dk_ref[...], dv_ref[...] = kernel(*leaves, dq_ref)
 
-    dq, dk, dv = pl.run_state(run)((dq, jnp.empty(key.shape, jnp.float32), jnp.empty(key.shape, jnp.float32)))
-    return Gradients(dq, dk, dv)
+    empty = jnp.empty(gradient.shape, gradient.dtype)
+    return Gradients(*pl.run_state(run)((dq, empty, empty)))
 
 
 def _grid_order(is_causal: bool, num_programs: int) -> tuple[str, str, str]:
     """The grid's dims, the slowest first.
 
-    The programs of one head add to the same tiles of dQ. Side by side they get in each other's way, unless a causal
-    mask has them begin at different tiles: then it is the better order, for what they read is shared too. But its last
-    head ends late where there are few programs.
+    Programs of one head side by side share what they read. But under a causal mask, where programs are of unequal
+    length, the last head ends late if there are few of them.
     """
-    if is_causal and num_programs >= _MANY_PROGRAMS:
+    if not is_causal or num_programs >= _MANY_PROGRAMS:
         return "kv_heads", "key_tiles", "batch"
     return "key_tiles", "kv_heads", "batch"
 
@@ -442,7 +463,9 @@ def _scratch(block: _Block) -> dict:
     return _Scratch(
         key=key_value,
         value=key_value,
-        tiles=plgpu.RefUnion((query, query), matrix_scratch((warpgroups, WARPGROUP_ROWS, head_dim), jnp.float32)),
+        tiles=plgpu.RefUnion(
+            (query, query), matrix_scratch((warpgroups, WARPGROUP_ROWS, head_dim), block.gradient_dtype)
+        ),
         statistics=plgpu.SMEM((stages, 2, config.q_tile), jnp.float32),
         d_scores=matrix_scratch((stages, warpgroups, WARPGROUP_ROWS, config.q_tile), block.dtype),
         d_query=matrix_scratch((warpgroups, *block.d_query_part), jnp.float32),

@@ -120,6 +120,7 @@ def backward(
     mask: BlockMask,
     *,
     scale: float,
+    is_only: bool = False,
 ) -> Gradients:
     """This block's gradients; its share of `dq` is added in place. See `contract.BlockKernel`.
 
@@ -132,7 +133,7 @@ def backward(
     rows = (d_out, lse, delta)
     # dK and dV come first: the ring sends them on while dQ is still being computed.
     tile = block.tiles.dkv
-    new = jax.ShapeDtypeStruct(key.shape, jnp.float32)
+    new = jax.ShapeDtypeStruct(key.shape, key.dtype if is_only else jnp.float32)
     ranges = query_ranges(mask, tile.q, tile.k)
     dk, dv = block.launch(triton_kernels.dkv_kernel, tile, ranges, key.shape[2], rows, out_type=(new, new))
 

@@ -124,6 +124,7 @@ def backward(
     mask: BlockMask,
     *,
     scale: float,
+    is_only: bool = False,
 ) -> Gradients:
     """See `contract.BlockKernel.backward`. One pass, five products a tile; dK and dV of a tile are summed in place."""
     num_queries, (_, num_keys, num_kv_heads, _) = query.shape[1], key.shape
@@ -164,7 +165,8 @@ def backward(
         return dq, dk, lax.dynamic_update_slice_in_dim(dv, dv_tile, at, 1)
 
     dq, dk, dv = lax.fori_loop(0, k_tiles.whole.shape[1], key_tile, (dq, zeros, zeros))
-    return Gradients(dq[:, :num_queries].reshape(query.shape), dk[:, :num_keys], dv[:, :num_keys])
+    dk, dv = (x[:, :num_keys].astype(key.dtype if is_only else jnp.float32) for x in (dk, dv))
+    return Gradients(dq[:, :num_queries].reshape(query.shape), dk, dv)
 
 
 def _walk(

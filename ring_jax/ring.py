@@ -130,7 +130,8 @@ def _attend_backward(options: RingOptions, residuals: tuple, cotangents: tuple[A
     def compute(step: Step, block: Block, dq: Array, hidden_keys: Array | None = None) -> tuple[Array, BlockGradients]:
         mask = ring.mask(step, block)
         mask = mask if hidden_keys is None else mask.without(hidden_keys)
-        dq, dk, dv = kernel.backward(query, block.key, block.value, d_out, lse, delta, dq, mask, scale=options.scale)
+        arrays = (query, block.key, block.value, d_out, lse, delta, dq)
+        dq, dk, dv = kernel.backward(*arrays, mask, scale=options.scale, is_only=ring.size == 1)
         return dq, BlockGradients(*match_varying((dk, dv), like=query))
 
     def compute_and_pass_on(step: Step, carry: Carry) -> Carry:

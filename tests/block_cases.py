@@ -95,9 +95,9 @@ def blocks(case: Case) -> Callable[..., dict[str, Any]]:
         grads = []
         for span in spans:
             k, v = data["key"][:, span], data["value"][:, span]
-            dq, dk, dv = backward(
-                data["query"], k, v, data["d_out"], state.lse, delta, dq, _mask(case, data, span), scale=case.scale
-            )
+            args = data["query"], k, v, data["d_out"], state.lse, delta, dq, _mask(case, data, span)
+            dq, dk, dv = backward(*args, scale=case.scale, is_only=len(spans) == 1)
+            assert dk.dtype == dv.dtype == (k.dtype if len(spans) == 1 else jnp.float32)
             grads.append((dk, dv))
         dk, dv = (jnp.concatenate(parts, axis=1) for parts in zip(*grads, strict=True))
         return {"output": state.output, "lse": state.lse, "dq": dq, "dk": dk, "dv": dv}
