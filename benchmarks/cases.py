@@ -116,6 +116,19 @@ KERNEL_BENCHMARKS = (
     Case(batch=1, seq_len=65536, num_heads=32, num_kv_heads=8, head_dim=128),
 )
 
+# The other lengths, heads and masks: ours and jax cuDNN only.
+_GRID = tuple(
+    Case(1, seq_len, num_heads, num_kv_heads, 128, is_causal=is_causal)
+    for seq_len in (8192, 16384, 32768, 65536)
+    for num_heads, num_kv_heads in ((16, 16), (32, 8))
+    for is_causal in (True, False)
+)
+_FULL_64 = Case(batch=1, seq_len=16384, num_heads=32, num_kv_heads=32, head_dim=64, is_causal=False)
+GRID_BENCHMARKS = tuple(case for case in (*_GRID, _FULL_64) if case not in KERNEL_BENCHMARKS)
+
+# What a replayed ring is compared with: one block of its heads, as large as the blocks of 8 steps together.
+ONE_BLOCK = Case(batch=1, seq_len=65536, num_heads=32, num_kv_heads=8, head_dim=128)
+
 # Ranks of zigzag rings replayed on one GPU: the case of the whole sequence, and over how many shards it lies.
 REPLAYS = (
     (Case(batch=1, seq_len=8 * 8192, num_heads=32, num_kv_heads=8, head_dim=128), 8),

@@ -6,7 +6,8 @@
 
 Nothing is timed before its result was compared with float64, on rows drawn at random at the very shape that is timed
 (`pytest -m gpu` compares everything, on smaller shapes). TFLOP/s count 4 B T^2 N H operations forward, half of it when
-causal, and 2.5 times that backward.
+causal, and 2.5 times that backward. Gradients are in the inputs' dtype, as users get them. A replayed ring takes turns
+with one block of `cases.ONE_BLOCK`, whose rate is its ideal.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,10 +29,10 @@ from ring_jax import kernels
 from ring_jax.kernels.reference import reference_attention, visible_pairs
 from ring_jax.kernels.registry import Target
 
-from .cases import ERROR_CONSTANTS, KERNEL_BENCHMARKS, PRECISION, REPLAYS, Case
+from .cases import ERROR_CONSTANTS, GRID_BENCHMARKS, KERNEL_BENCHMARKS, ONE_BLOCK, PRECISION, REPLAYS, Case
 from .peers import PEERS, Passes
 from .replay import Replay, replay_backward, replay_forward
-from .timing import Job, environment, median_seconds
+from .timing import REST_SECONDS, Job, environment, median_seconds
 
 SAMPLED_ROWS = 32
 
@@ -54,6 +55,10 @@ class Program:
 
     def backward(self, target: Target) -> Callable:
         return functools.partial(replay_backward, kernels.load(self.implementation, target), self.replay)
+
+    def backward_args(self, args: tuple, arriving: Any) -> tuple:
+        """What `backward` takes: with one shard nothing arrives."""
+        return args if self.replay.num_shards == 1 else (*args, (arriving, arriving))
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         case, shards = self.case, self.replay.num_shards
@@ -78,20 +83,21 @@ class Program:
         return 4 * case.batch * pairs * case.num_heads * case.head_dim
 
 
+def whole(implementation: str, case: Case) -> Program:
+    """Attention in one block."""
+    return Program(implementation, case, Replay(layout="contiguous", is_causal=case.is_causal))
+
+
 def programs(implementations: list[str]) -> list[Program]:
     """Everything of ours that is timed: whole attention, and each rank's replay named in `cases.REPLAYS`."""
-    plain = [
-        Program(i, c, Replay(layout="contiguous", is_causal=c.is_causal))
-        for c in KERNEL_BENCHMARKS
-        for i in implementations
-    ]
+    plain = [whole(i, case) for case in KERNEL_BENCHMARKS for i in implementations]
     replays = [
         Program(i, case, Replay(shards, rank, "zigzag", case.is_causal))
         for case, shards in REPLAYS
         for rank in (0, shards - 1)
         for i in implementations
     ]
-    return plain + replays
+    return plain + replays + [whole(i, c) for c in GRID_BENCHMARKS for i in implementations if i == "mosaic_gpu"]
 
 
 def precision_programs(implementations: list[str]) -> list[Program]:
@@ -111,7 +117,7 @@ def export_programs(folder: Path, target: Target, implementations: list[str], on
             continue
         s = program.shapes()
         forward_args = (s["query"], s["blocks"], s["blocks"])
-        backward_args = (*forward_args, s["query"], s["lse"], s["query"], (s["arriving"], s["arriving"]))
+        backward_args = program.backward_args((*forward_args, s["query"], s["lse"], s["query"]), s["arriving"])
         for kind, fn, args in (
             ("forward", program.forward(target), forward_args),
             ("backward", program.backward(target), backward_args),
@@ -137,7 +143,7 @@ def ours(program: Program, target: Target, artifacts: Path | None) -> Callable[.
         backward = load("backward", program.backward(target))
         output, lse = forward(query, keys, values)
         arriving = jnp.zeros(keys.shape[1:], jnp.float32)
-        args = (query, keys, values, output, lse, d_out, (arriving, arriving))
+        args = program.backward_args((query, keys, values, output, lse, d_out), arriving)
         return Passes(lambda: forward(query, keys, values), lambda: backward(*args))
 
     return build
@@ -222,7 +228,7 @@ class Candidate(NamedTuple):
     arrays: tuple[Array, ...]
 
 
-def measure(candidates: list[Candidate]) -> list[dict[str, Any]]:
+def measure(candidates: list[Candidate], rest: float = 0.0) -> list[dict[str, Any]]:
     """A row each: errors first, then times, the candidates taking turns. A failure is a row that says why."""
     rows, jobs = [], []
     for program, name, build, arrays in candidates:
@@ -242,33 +248,48 @@ def measure(candidates: list[Candidate]) -> list[dict[str, Any]]:
         jobs.append((row, "forward", program.rank_flops, Job(passes.forward, passes.wait)))
         if passes.backward is not None:
             jobs.append((row, "backward", 2.5 * program.rank_flops, Job(passes.backward, passes.wait)))
-    times = median_seconds([job for *_, job in jobs])
+    times = median_seconds([job for *_, job in jobs], rest)
     for (row, kind, flops, _), seconds in zip(jobs, times, strict=True):
         row |= {f"{kind}_ms": 1e3 * seconds, f"{kind}_tflops": flops / seconds / 1e12}
     return rows
 
 
-def run(implementations: list[str], artifacts: Path | None, only: str) -> list[dict[str, Any]]:
-    """All rows, printed as they come."""
+def run(
+    implementations: list[str], peers: list[str], artifacts: Path | None, only: str, rest: float
+) -> Iterator[list[dict[str, Any]]]:
+    """All rows, as they come: those of one case, which took turns, together."""
     target = Target.of_device(jax.devices()[0])
-    rows = []
+
+    def candidates_of(programs: list[Program], arrays: tuple[Array, ...]) -> list[Candidate]:
+        return [Candidate(p, p.implementation, ours(p, target, artifacts), arrays) for p in programs]
+
     chosen = [program for program in programs(implementations) if only in program.name]
-    for (_, replay), group in itertools.groupby(chosen, key=lambda program: (program.case, program.replay)):
+    for (case, replay), group in itertools.groupby(chosen, key=lambda program: (program.case, program.replay)):
         group = list(group)
         arrays = draw(group[0])
-        candidates = [Candidate(p, p.implementation, ours(p, target, artifacts), arrays) for p in group]
+        candidates = candidates_of(group, arrays)
         if replay.num_shards == 1:
             # Peers take one block and no leading dim.
             flat = (arrays[0], arrays[1][0], arrays[2][0], arrays[3])
-            candidates = [Candidate(group[0], peer, build, flat) for peer, build in PEERS.items()] + candidates
-        rows += measure(candidates)
-        for row in rows[-len(candidates) :]:
-            print(json.dumps(row), flush=True)
-    return rows
+            beside = [name for name in peers if case not in GRID_BENCHMARKS or name == "jax cuDNN"]
+            yield measure([Candidate(group[0], peer, PEERS[peer], flat) for peer in beside] + candidates, rest)
+        else:
+            blocks = [whole(program.implementation, ONE_BLOCK) for program in group]
+            rows = measure(candidates + candidates_of(blocks, draw(blocks[0])), rest)
+            yield [_beside_one_block(*pair) for pair in zip(rows[: len(group)], rows[len(group) :], strict=True)]
+
+
+def _beside_one_block(ring: dict[str, Any], block: dict[str, Any]) -> dict[str, Any]:
+    """A replay's row with the rates of one block, measured in turns with it, and its own as a fraction of those."""
+    for kind in ("forward", "backward"):
+        rate, ideal = ring.get(f"{kind}_tflops"), block.get(f"{kind}_tflops")
+        if rate and ideal:
+            ring |= {f"one_block_{kind}_tflops": ideal, f"{kind}_of_ideal": rate / ideal}
+    return ring
 
 
 def add_ratios(rows: list[dict[str, Any]]) -> None:
-    """Beside every row, its rate over jax cuDNN's of the same case; for replays, over its own best rate whole."""
+    """Beside every row, its rate over jax cuDNN's of the same case, and of both passes together."""
     by_case = {(r["implementation"], r["case"]): r for r in rows if r["shards"] == 1}
     for row in rows:
         for kind in ("forward", "backward"):
@@ -276,13 +297,10 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
             base = by_case.get(("jax cuDNN", row["case"]), {}).get(f"{kind}_tflops")
             if rate and base and row["shards"] == 1:
                 row[f"{kind}_over_cudnn"] = rate / base
-            best = max((r.get(f"{kind}_tflops", 0) for r in rows if _same_kernel(r, row)), default=0)
-            if rate and best and row["shards"] > 1:
-                row[f"{kind}_of_ideal"] = rate / best
-
-
-def _same_kernel(row: dict[str, Any], replay: dict[str, Any]) -> bool:
-    return row["implementation"] == replay["implementation"] and row["shards"] == 1
+        base = by_case.get(("jax cuDNN", row["case"]), {})
+        if row["shards"] == 1 and "backward_ms" in row and "backward_ms" in base:
+            ours, theirs = (r["forward_ms"] + r["backward_ms"] for r in (row, base))
+            row["together_over_cudnn"] = theirs / ours
 
 
 def draw_chart(rows: list[dict[str, Any]], title: str, path: Path) -> None:
@@ -292,7 +310,8 @@ def draw_chart(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in rows if row["shards"] == 1 and "failed" not in row]
+    everyones = {case.label for case in KERNEL_BENCHMARKS}
+    rows = [row for row in rows if row["shards"] == 1 and row["case"] in everyones and "failed" not in row]
     cases = list(dict.fromkeys(row["case"] for row in rows))
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     figure, panels = plt.subplots(2, 1, figsize=(2 + 2.2 * len(cases), 8), sharex=True, layout="constrained")
@@ -314,7 +333,10 @@ def draw_chart(rows: list[dict[str, Any]], title: str, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--implementations", nargs="+", default=None, choices=kernels.IMPLEMENTATIONS)
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for JSON and chart")
+    rest_help = "seconds before each sample; with 0 at the clock that the power limit leaves, as in training"
+    parser.add_argument("--rest", type=float, default=REST_SECONDS, help=rest_help)
     parser.add_argument("--artifacts", type=Path, help="folder of exported programs to use where there is one")
     parser.add_argument("--export", type=Path, help="write the programs to this folder instead of running them")
     parser.add_argument("--gpu", default="h200", help="the GPU to export for, one of ring_jax.cluster.GPUS")
@@ -329,14 +351,19 @@ def main() -> None:
         return
     if jax.devices()[0].platform != "gpu":
         raise SystemExit("benchmarks.kernels needs a GPU; benchmarks.schedule says what can be known without one")
-    rows = run(
-        options.implementations or [i for i in kernels.IMPLEMENTATIONS if i != "xla"], options.artifacts, options.only
-    )
-    add_ratios(rows)
     about = environment()
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"kernels-{about['device'].lower().replace(' ', '-')}"
-    path.with_suffix(".json").write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
+    name = f"kernels-{about['device'].lower().replace(' ', '-')}"
+    path = options.out / (name if options.rest else f"{name}-unrested")
+    rows: list[dict[str, Any]] = []
+    implementations = options.implementations or [i for i in kernels.IMPLEMENTATIONS if i != "xla"]
+    for new in run(implementations, options.peers, options.artifacts, options.only, options.rest):
+        rows += new
+        add_ratios(rows)
+        # After every case: whoever runs out of time keeps what was measured.
+        path.with_suffix(".json").write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
+        for row in new:
+            print(json.dumps(row), flush=True)
     draw_chart(rows, f"{about['device']}, jax {about['jax']}, {about['date']}", path.with_suffix(".png"))
     print("wrote", path.with_suffix(".json"), "and", path.with_suffix(".png"))
 

@@ -1,7 +1,8 @@
 """Takes the rates that `benchmarks.kernels` measured into the planner's table, and checks the time model by them.
 
-    python -m benchmarks.rates benchmarks/results/kernels-nvidia-h200.json --gpu h200
+    python -m benchmarks.rates benchmarks/results/kernels-nvidia-h200-unrested.json --gpu h200
 
+A training step gives the GPU no rest, so the rates to take are those of `benchmarks.kernels --rest 0`.
 Rows of ring_jax's own kernels on one device replace those of the same kernel, shape and GPU; other projects' kernels
 and failed rows are left out. Then every measurement in the table is printed beside what the time model says without it.
 """

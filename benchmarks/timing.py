@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import jax
 
 MIN_SECONDS = 0.05
-REPEATS = 7
+REPEATS = 5
+# A GPU at its power limit lowers its clock within a tenth of a second, the more the hotter the sample before was.
+REST_SECONDS = 0.25
 
 
 class Job(NamedTuple):
@@ -19,25 +21,31 @@ class Job(NamedTuple):
     wait: Callable[[Any], Any] = jax.block_until_ready
 
 
-def median_seconds(jobs: Sequence[Job]) -> list[float]:
-    """Median time of one `run()` of each job in seconds, over `REPEATS` samples of enough calls to fill `MIN_SECONDS`.
+def median_seconds(jobs: Sequence[Job], rest: float = 0.0) -> list[float]:
+    """Median time of one `run()` of each job in seconds, over `REPEATS` samples.
 
-    The jobs take turns, a sample each, so that a clock that changes with the device's temperature changes for all of
-    them. The calls of a sample are queued back to back and waited for once: launches hide under the work before them.
+    The jobs take turns, a sample each. All samples are about equally long, `MIN_SECONDS` or one call of the slowest,
+    and before each the device rests, `rest` seconds and at least as long as a sample: so a clock that falls with power
+    and temperature falls for all of them alike. The calls of a sample are queued back to back and waited for once:
+    launches hide under the work before them.
     """
-    calls = [_calls(job) for job in jobs]
-    rounds = [[_sample(job, n) for job, n in zip(jobs, calls, strict=True)] for _ in range(REPEATS)]
+    once = [_one_call(job) for job in jobs]
+    seconds = max([MIN_SECONDS, *once])
+    calls = [max(1, round(seconds / one)) for one in once]
+    pause = max(rest, seconds) if rest else 0.0
+    rounds = [[_sample(job, n, pause) for job, n in zip(jobs, calls, strict=True)] for _ in range(REPEATS)]
     return [statistics.median(samples) for samples in zip(*rounds, strict=True)]
 
 
-def _calls(job: Job) -> int:
-    """How many calls fill a sample, judged by the third one."""
+def _one_call(job: Job) -> float:
+    """Seconds of the third call."""
     job.wait(job.run())
     job.wait(job.run())
-    return max(1, round(MIN_SECONDS / _sample(job, 1)))
+    return _sample(job, 1, 0.0)
 
 
-def _sample(job: Job, calls: int) -> float:
+def _sample(job: Job, calls: int, pause: float) -> float:
+    time.sleep(pause)
     start = time.perf_counter()
     for _ in range(calls - 1):
         job.run()
