@@ -163,15 +163,19 @@ class _Program:
         """How many of the steps, the first ones, need the mask."""
         return self.walk.partial * self.block.group
 
-    def place(self, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def place(self, step: jax.Array, is_partial: jax.Array | bool) -> tuple[jax.Array, jax.Array]:
         """Query head and query tile of a step: the partial tiles of all heads of the group, then their full ones."""
         if self.block.group == 1:
             return self.kv_head, self.tile(step)
-        is_partial = step < self.partial_steps
-        index = jnp.where(is_partial, step, step - self.partial_steps)
-        tiles = jnp.maximum(jnp.where(is_partial, self.walk.partial, self.walk.steps - self.walk.partial), 1)
-        tile_step = lax.rem(index, tiles) + jnp.where(is_partial, 0, self.walk.partial)
-        return self.kv_head * self.block.group + lax.div(index, tiles), self.tile(tile_step)
+        num_full = self.walk.steps - self.walk.partial
+        if isinstance(is_partial, bool):
+            first, tiles = (0, self.walk.partial) if is_partial else (self.walk.partial, num_full)
+        else:
+            first = jnp.where(is_partial, 0, self.walk.partial)
+            tiles = jnp.where(is_partial, self.walk.partial, num_full)
+        index, tiles = step - first * self.block.group, jnp.maximum(tiles, 1)
+        head = self.kv_head * self.block.group + lax.div(index, tiles)
+        return head, self.tile(first + lax.rem(index, tiles))
 
     def tile(self, step: jax.Array) -> jax.Array:
         """The query tile of a step within a head. Each program begins the full ones a few later than the one before it.
@@ -222,7 +226,7 @@ class _Program:
         def _copy_tiles(step):
             slot = self.slot(step)
             pl.when(step >= self.block.config.stages)(lambda: plgpu.barrier_wait(scratch.tiles_free.at[slot]))
-            head, tile = self.place(step)
+            head, tile = self.place(step, step < self.partial_steps)
             rows = pl.ds(tile * self.block.config.q_tile, self.block.config.q_tile)
             ready = scratch.query_ready.at[slot]
             plgpu.copy_gmem_to_smem(inputs.query.at[self.batch, rows, head], scratch.query.at[slot], ready)
@@ -320,7 +324,7 @@ class _Worker:
             (carry.dv, probs, d_out), (carry.dk, d_scores, query), *self.d_query_factors(last_slot), use=use
         )
         plgpu.barrier_arrive(scratch.tiles_free.at[slot])
-        return _Carry(dk, dv, *program.place(step))
+        return _Carry(dk, dv, *program.place(step, is_partial))
 
     def probabilities(self, step: jax.Array, query: Ref, d_out: Ref, *, is_partial: bool) -> tuple:
         """Transposed probabilities of a step and the gradients of its scores, both rounded to the inputs' dtype."""
@@ -333,7 +337,7 @@ class _Worker:
             result = jnp.exp2(products * (block.scale * _LOG2_E) - across_rows(lse, shape))
             if not is_partial:
                 return result
-            _, tile = program.place(step)
+            _, tile = program.place(step, is_partial)
             queries = pl.ds(tile * block.config.q_tile, block.config.q_tile)
             visible = program.inputs.mask.visible(
                 program.batch, queries, keys, is_causal=block.is_causal, num_keys=block.num_keys, keys_in_rows=True

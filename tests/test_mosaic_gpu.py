@@ -81,10 +81,10 @@ def test_backward_compiles_for_hopper_in_place_without_spills(head_dim, backward
 
 
 @pytest.mark.parametrize("is_only", [False, True])
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_backward_of_many_programs_compiles_without_spills(is_causal, is_only, monkeypatch):
-    """Heads one after the other, and programs that begin with tiles apart."""
-    monkeypatch.setattr(mosaic_gpu_backward, "_MANY_PROGRAMS", 1)
+@pytest.mark.parametrize(("is_causal", "many"), [(False, 1024), (True, 1024), (True, 1)])
+def test_every_order_of_the_grid_compiles_without_spills(is_causal, many, is_only, monkeypatch):
+    """Key tiles slowest; and heads one after the other, with programs that begin with tiles apart."""
+    monkeypatch.setattr(mosaic_gpu_backward, "_MANY_PROGRAMS", many)
     q, k, state, mask = _shapes(128, segments=False)
     run = jax.jit(lambda *args: mosaic_gpu.backward(*args, scale=0.1, is_only=is_only), donate_argnums=6)
     mask = dataclasses.replace(mask, is_causal=is_causal)
