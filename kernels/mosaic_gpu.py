@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from .contract import AttentionState, BlockMask, Gradients
-from .mosaic_gpu_backward import BackwardConfig, differentiate
-from .mosaic_gpu_forward import attend, default_config
+from .mosaic_gpu_backward import differentiate
+from .mosaic_gpu_choices import default_backward_config, default_forward_config
+from .mosaic_gpu_forward import attend
 from .mosaic_gpu_two_pass import differentiate_keys, differentiate_queries
 
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -68,7 +69,9 @@ def forward(
     in_place = state is not None and not is_last
     has_segments = mask.q_segment_ids is not None
     is_all_visible = state is None and not has_segments and not mask.is_causal
-    config = default_config(columns, has_segments=has_segments, in_place=in_place, is_all_visible=is_all_visible)
+    config = default_forward_config(
+        columns, has_segments=has_segments, in_place=in_place, is_all_visible=is_all_visible
+    )
     result = attend(query, key, value, padded, mask, scale=scale, is_last=is_last, config=config)
     return AttentionState(result.output[:, :num_queries, :, :head_dim], result.lse)
 
@@ -96,7 +99,7 @@ def backward(
         return deterministic_backward(query, key, value, d_out, lse, delta, dq, mask, scale=scale, is_only=is_only)
     _refuse(query, scale)
     columns = 64 if query.shape[3] <= 64 else 128
-    config = BackwardConfig(q_tile=128 if columns == 64 else 64)
+    config = default_backward_config(columns)
     inputs, dq = _pad_all(query, key, value, d_out, lse, delta, dq, columns=columns)
     result = differentiate(*inputs, dq, mask, scale=scale, is_only=is_only, config=config)
     return _crop(result, query, key)

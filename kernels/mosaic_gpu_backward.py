@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from .contract import BlockMask, Gradients
+from .mosaic_gpu_choices import BACKWARD_WARPGROUPS, BackwardConfig, backward_grid_order
 from .mosaic_gpu_masks import MaskInputs, Walk
 from .mosaic_gpu_primitives import (
     COLUMNS,
@@ -36,30 +37,9 @@ from .mosaic_gpu_primitives import (
 from .tiles import TileRanges, query_ranges
 
 _LOG2_E = math.log2(math.e)
-_COMPUTE_WARPGROUPS = 2
 _PRODUCER_REGISTERS, _COMPUTE_REGISTERS = 24, 240
-# Measured on an H200 with 4 query heads for a key/value head: at 1024 programs heads one after the other are faster.
-_MANY_PROGRAMS = 1024
-# And: 4 steps between programs beside each other are the fastest, with 2 to 6 of them within 1 %.
+# Measured on an H200: 4 steps between programs beside each other are the fastest, with 2 to 6 of them within 1 %.
 _STEPS_APART = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class BackwardConfig:
-    """Tile sizes of the backward kernel: `q_tile` queries per step, `stages` of them in shared memory."""
-
-    q_tile: int = 64
-    stages: int = 2
-
-    def __post_init__(self):
-        if self.q_tile not in (64, 128):
-            raise ValueError(f"q_tile must be 64 or 128, got {self.q_tile}")
-        if self.stages < 2:
-            raise ValueError(f"stages must be at least 2, got {self.stages}")
-
-    @property
-    def k_tile(self) -> int:
-        return _COMPUTE_WARPGROUPS * WARPGROUP_ROWS
 
 
 class BackwardInputs(NamedTuple):
@@ -127,8 +107,8 @@ class _Block:
     def d_query_part(self) -> tuple[int, int]:
         """Rows and columns of dQ that one warpgroup computes in a step."""
         if self.config.q_tile == WARPGROUP_ROWS:
-            return self.config.q_tile, self.head_dim // _COMPUTE_WARPGROUPS
-        return self.config.q_tile // _COMPUTE_WARPGROUPS, self.head_dim
+            return self.config.q_tile, self.head_dim // BACKWARD_WARPGROUPS
+        return self.config.q_tile // BACKWARD_WARPGROUPS, self.head_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +136,7 @@ class _Program:
 
     def keys(self, warpgroup: jax.Array | int) -> pl.Slice:
         """The keys that a warpgroup holds."""
-        return pl.ds((self.key_tile * _COMPUTE_WARPGROUPS + warpgroup) * WARPGROUP_ROWS, WARPGROUP_ROWS)
+        return pl.ds((self.key_tile * BACKWARD_WARPGROUPS + warpgroup) * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
     @property
     def partial_steps(self) -> jax.Array:
@@ -204,12 +184,12 @@ class _Program:
     def run(self, dk: Ref, dv: Ref) -> None:
         warpgroup = lax.axis_index("warpgroup")
 
-        @pl.when(warpgroup == _COMPUTE_WARPGROUPS)
+        @pl.when(warpgroup == BACKWARD_WARPGROUPS)
         def _produce():
             plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
             self.produce()
 
-        @pl.when(warpgroup < _COMPUTE_WARPGROUPS)
+        @pl.when(warpgroup < BACKWARD_WARPGROUPS)
         def _compute():
             plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
             _Worker(self, warpgroup).run(dk, dv)
@@ -217,7 +197,7 @@ class _Program:
     def produce(self) -> None:
         """The third warpgroup's part: copies keys and values once, and the query side of every step."""
         inputs, scratch = self.inputs, self.scratch
-        for warpgroup in range(_COMPUTE_WARPGROUPS):
+        for warpgroup in range(BACKWARD_WARPGROUPS):
             keys, ready = (self.batch, self.keys(warpgroup), self.kv_head), scratch.key_ready.at[warpgroup]
             plgpu.copy_gmem_to_smem(inputs.key.at[keys], scratch.key.at[warpgroup], ready)
             plgpu.copy_gmem_to_smem(inputs.value.at[keys], scratch.value.at[warpgroup], ready)
@@ -359,7 +339,7 @@ class _Worker:
 
     def d_query_factors(self, slot: jax.Array) -> tuple[list[Ref], list[Ref]]:
         """The score gradients in a slot and the keys, whose products add up to this warpgroup's half of dQ."""
-        scratch, both = self.program.scratch, range(_COMPUTE_WARPGROUPS)
+        scratch, both = self.program.scratch, range(BACKWARD_WARPGROUPS)
         rows = pl.ds(self.first_row, self.program.block.d_query_part[0])
         zero = hidden_zero()
         return [scratch.d_scores.at[slot, w, :, rows] for w in both], [
@@ -405,7 +385,7 @@ def differentiate(
     batch, num_queries, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[2]
     grid = {"kv_heads": num_kv_heads, "key_tiles": -(-key.shape[1] // config.k_tile), "batch": batch}
-    order = _grid_order(mask.is_causal, math.prod(grid.values()))
+    order = backward_grid_order(mask.is_causal, math.prod(grid.values()))
     block = _Block(
         config=config,
         num_queries=num_queries,
@@ -434,7 +414,7 @@ def differentiate(
         scratch_types=_scratch(block),
         grid=tuple(grid[name] for name in order),
         grid_names=order,
-        num_threads=_COMPUTE_WARPGROUPS + 1,
+        num_threads=BACKWARD_WARPGROUPS + 1,
         thread_name="warpgroup",
         kernel_name="ring_jax_attention_backward",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
@@ -448,20 +428,9 @@ def differentiate(
     return Gradients(*pl.run_state(run)((dq, empty, empty)))
 
 
-def _grid_order(is_causal: bool, num_programs: int) -> tuple[str, str, str]:
-    """The grid's dims, the slowest first.
-
-    Programs of one head side by side share what they read. But under a causal mask, where programs are of unequal
-    length, the last head ends late if there are few of them.
-    """
-    if not is_causal or num_programs >= _MANY_PROGRAMS:
-        return "kv_heads", "key_tiles", "batch"
-    return "key_tiles", "kv_heads", "batch"
-
-
 def _scratch(block: _Block) -> dict:
     config, head_dim = block.config, block.head_dim
-    warpgroups, stages = _COMPUTE_WARPGROUPS, config.stages
+    warpgroups, stages = BACKWARD_WARPGROUPS, config.stages
     key_value = matrix_scratch((warpgroups, WARPGROUP_ROWS, head_dim), block.dtype)
     query = matrix_scratch((stages, config.q_tile, head_dim), block.dtype)
     return _Scratch(

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.registers import compile_mosaic
 from ring_jax.cluster import compile_only_devices
-from ring_jax.kernels import mosaic_gpu, mosaic_gpu_backward, mosaic_gpu_forward
+from ring_jax.kernels import mosaic_gpu, mosaic_gpu_choices
 from ring_jax.kernels.contract import AttentionState, BlockMask
 from tests.block_cases import Case, arrays, blocks, failures
 
@@ -73,7 +73,7 @@ def test_last_block_compiles_without_spills_and_writes_no_float32_output(head_di
 @pytest.mark.parametrize(("is_causal", "many"), [(False, 1024), (True, 1024), (True, 1)])
 def test_every_order_of_the_forward_grid_compiles_without_spills(is_causal, many, has_state, monkeypatch):
     """Row tiles slowest; and heads one after the other, with one head in a program where all keys are visible."""
-    monkeypatch.setattr(mosaic_gpu_forward, "_MANY_PROGRAMS", many)
+    monkeypatch.setattr(mosaic_gpu_choices, "_MANY_PROGRAMS", many)
     q, k, state, mask = _shapes(128, segments=False)
     mask = dataclasses.replace(mask, is_causal=is_causal)
     forward = jax.jit(lambda *args: mosaic_gpu.forward(*args, scale=0.1), donate_argnums=3 if has_state else ())
@@ -96,7 +96,7 @@ def test_backward_compiles_for_hopper_in_place_without_spills(head_dim, backward
 @pytest.mark.parametrize(("is_causal", "many"), [(False, 1024), (True, 1024), (True, 1)])
 def test_every_order_of_the_grid_compiles_without_spills(is_causal, many, is_only, monkeypatch):
     """Key tiles slowest; and heads one after the other, with programs that begin with tiles apart."""
-    monkeypatch.setattr(mosaic_gpu_backward, "_MANY_PROGRAMS", many)
+    monkeypatch.setattr(mosaic_gpu_choices, "_MANY_PROGRAMS", many)
     q, k, state, mask = _shapes(128, segments=False)
     run = jax.jit(lambda *args: mosaic_gpu.backward(*args, scale=0.1, is_only=is_only), donate_argnums=6)
     mask = dataclasses.replace(mask, is_causal=is_causal)
@@ -106,7 +106,7 @@ def test_every_order_of_the_grid_compiles_without_spills(is_causal, many, is_onl
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_programs_that_begin_apart_agree_with_the_oracle(is_causal, monkeypatch, capfd):
     """Three tiles of keys, of which each begins its full tiles of queries at another one."""
-    monkeypatch.setattr(mosaic_gpu_backward, "_MANY_PROGRAMS", 1)
+    monkeypatch.setattr(mosaic_gpu_choices, "_MANY_PROGRAMS", 1)
     case = Case(queries=456, keys=328, num_blocks=1, heads=2, kv_heads=1, head_dim=128, is_causal=is_causal)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         found = blocks(case)(mosaic_gpu.forward, mosaic_gpu.backward, arrays(case))
@@ -117,7 +117,7 @@ def test_programs_that_begin_apart_agree_with_the_oracle(is_causal, monkeypatch,
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_forward_with_heads_one_after_the_other_agrees_with_the_oracle(is_causal, monkeypatch, capfd):
     """More than one program in every dim of the grid, and a last tile of each kind that is not full."""
-    monkeypatch.setattr(mosaic_gpu_forward, "_MANY_PROGRAMS", 1)
+    monkeypatch.setattr(mosaic_gpu_choices, "_MANY_PROGRAMS", 1)
     case = Case(queries=328, keys=200, num_blocks=2, heads=6, kv_heads=2, head_dim=128, is_causal=is_causal)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         found = blocks(case)(mosaic_gpu.forward, mosaic_gpu.backward, arrays(case))
