@@ -31,6 +31,7 @@ from .mosaic_gpu_primitives import (
     full,
     hidden_zero,
     matrix_scratch,
+    slot_of,
     sum_of_products,
     two_scores,
 )
@@ -172,7 +173,7 @@ class _Program:
         return jnp.where(step < walk.partial, walk.tile(step), walk.full_start + full)
 
     def slot(self, step: jax.Array) -> jax.Array:
-        return lax.rem(step, jnp.int32(self.block.config.stages))
+        return slot_of(step, self.block.config.stages)
 
     def wait_for_last(self, barriers: Ref) -> None:
         """Waits for the arrivals of the last steps, which no later step waits for."""

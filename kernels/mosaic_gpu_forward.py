@@ -3,7 +3,8 @@
 The shape of FlashAttention-3 (arXiv:2407.08608): one producer warpgroup copies tiles with TMA, the others compute 64
 query rows each. A compute warpgroup runs the softmax of one key tile while its product of the tile before with the
 values is still in the tensor cores. Making the compute warpgroups take turns at issuing products, as that paper does,
-lost 1 to 3 % on an H200: they fall out of step by themselves.
+lost 1 to 3 % on an H200: they fall out of step by themselves. Sums are rescaled only where a row's maximum has grown by
+more than a slack (as in FlashAttention-4), and whether any has is all that is asked of most tiles.
 
 The running state is merged after the last key tile: until then its copy into shared memory is in flight. A program
 takes several query heads in turn: while the output of one is written, the tiles of the next are on their way.
@@ -23,18 +24,19 @@ from jaxtyping import Array, Float
 
 from .contract import AttentionState, BlockMask
 from .mosaic_gpu_choices import ForwardConfig, forward_grid_order
+from .mosaic_gpu_inline import scale_rows_below_one
 from .mosaic_gpu_masks import MaskInputs, Walk, pad_last
 from .mosaic_gpu_primitives import (
     WARPGROUP_ROWS,
     Ref,
     accumulate,
-    across_columns,
     full,
     hidden_zero,
     load_rows_if,
     matrix_scratch,
     scores,
     scores_while_accumulating,
+    slot_of,
 )
 from .mosaic_gpu_softmax import LOG2_E, Softmax, merge, normalize
 from .tiles import TileRanges, key_ranges
@@ -146,7 +148,7 @@ class _Program:
         return (lax.axis_index("heads") + hidden_zero()) * self.block.heads + turn
 
     def slot(self, copy: jax.Array) -> jax.Array:
-        return lax.rem(copy, jnp.int32(self.block.config.stages))
+        return slot_of(copy, self.block.config.stages)
 
     def for_each_head(self, body: Callable[[jax.Array], None]) -> None:
         """Calls `body` with 0, 1 ... for the heads of this program."""
@@ -251,7 +253,6 @@ class _Worker:
         carry = lax.fori_loop(first_full, walk.steps, lambda i, c: self.step(turn, i, c, is_partial=False), carry)
         acc, softmax, weights = carry
         last_slot = program.slot((turn + 1) * walk.steps - 1)
-        plgpu.barrier_wait(scratch.value_ready.at[last_slot])
         acc = accumulate(acc, weights, scratch.value.at[last_slot])
         plgpu.barrier_arrive(scratch.value_free.at[last_slot])
         lse, has_rows = self.rows_of_lse(turn)
@@ -304,6 +305,7 @@ class _Worker:
         plgpu.barrier_arrive(scratch.key_free.at[slot])
         self.after_last_scores(turn, jnp.int32(0))
         softmax, _decay, weights = Softmax.of_nothing(WARPGROUP_ROWS).update(products, mask, block.exponent_scale)
+        plgpu.barrier_wait(scratch.value_ready.at[slot])
         if block.has_state and block.heads > 1:
 
             @pl.when(turn > 0)
@@ -320,23 +322,24 @@ class _Worker:
         copy = turn * program.walk.steps + step
         slot, last_slot = program.slot(copy), program.slot(copy - 1)
 
-        def ready():
-            plgpu.barrier_wait(scratch.key_ready.at[slot])
-            plgpu.barrier_wait(scratch.value_ready.at[last_slot])
+        plgpu.barrier_wait(scratch.key_ready.at[slot])
 
         def use(products):
             plgpu.barrier_arrive(scratch.key_free.at[slot])
             self.after_last_scores(turn, step)
-            mask = self.visible(step) if is_partial else None
-            return softmax.update(products, mask, program.block.exponent_scale)
+            if is_partial:
+                return softmax.update(products, self.visible(step), program.block.exponent_scale)
+            return softmax.update_visible(products, program.block.exponent_scale)
+
+        def used():
+            # What the next step multiplies its weights with.
+            plgpu.barrier_wait(scratch.value_ready.at[slot])
 
         query, key, value = scratch.query.at[self.warpgroup], scratch.key.at[slot], scratch.value.at[last_slot]
-        (softmax, decay, weights), acc = scores_while_accumulating(
-            query, key, acc, weights, value, ready=ready, use=use
-        )
+        (softmax, decay, weights), acc = scores_while_accumulating(query, key, acc, weights, value, use=use, used=used)
         plgpu.barrier_arrive(scratch.value_free.at[last_slot])
         # Rounded only now: the registers of the old weights were being read until the product was waited for.
-        return acc * across_columns(decay, acc.shape), softmax, weights.astype(program.block.dtype)
+        return scale_rows_below_one(acc, decay), softmax, weights.astype(program.block.dtype)
 
     def after_last_scores(self, turn: jax.Array, step: jax.Array) -> None:
         if self.program.block.heads > 1 and not self.program.block.leaves_through_query:

@@ -1,6 +1,7 @@
 """Building blocks of the Mosaic GPU kernels, and the only place here that imports private jax names.
 
-Each operation that the Mosaic interpreter refuses is one function with a mathematically equal branch for it:
+Each operation that the Mosaic interpreter refuses is one function with a mathematically equal branch for it, here and
+in `mosaic_gpu_inline`:
 
 - `scores_while_accumulating`, `accumulate`, `accumulate_two_beside`: `wgmma` into a carried accumulator, its left
   operand in registers.
@@ -75,6 +76,13 @@ def _accumulator(rows: int, columns: int) -> plgpu.WGMMAAccumulatorRef:
     return plgpu.WGMMAAccumulatorRef((rows, columns), jnp.float32)
 
 
+def slot_of(copy: jax.Array, stages: int) -> jax.Array:
+    """Which of so many places in shared memory a copy goes to: they are taken in turn. `copy` counts from 0."""
+    if stages & (stages - 1) == 0:
+        return copy & (stages - 1)
+    return lax.rem(copy, jnp.int32(stages))
+
+
 def hidden_zero() -> jax.Array:
     """A zero that the compiler takes for a new number in every iteration of a loop.
 
@@ -116,26 +124,31 @@ def scores_while_accumulating[R](
     weights: jax.Array,
     value: Ref,
     *,
-    ready: Callable[[], None],
     use: Callable[[jax.Array], R],
+    used: Callable[[], None],
 ) -> tuple[R, jax.Array]:
     """`use(query @ key.T)` and `acc + weights @ value`, with `use` running under the second product.
 
-    `ready` is called before the products are issued. `weights` is in registers, the other operands in shared memory.
+    `weights` is in registers, the other operands in shared memory. `used` is called after `use` and must wait for a
+    barrier. The wait for the second product would follow otherwise, and ptxas moves it up into the arithmetic of `use`;
+    across the branch that a barrier's wait is, it does not.
+
+    Call it right after what must be waited for first: with a branch between the zeros of a new accumulator and its
+    first product, ptxas writes them into registers.
     """
     if is_interpreted():
-        ready()
-        products = scores(query, key)
-        return use(products), accumulate(acc, weights, value)
+        result = use(scores(query, key))
+        used()
+        return result, accumulate(acc, weights, value)
 
     def body(products_ref, acc_ref):
         acc_ref[...] = acc
-        ready()
         plgpu.wgmma(products_ref, query, key.transpose((1, 0)))
         plgpu.wgmma(acc_ref, weights, value)
         result = use(plgpu.wgmma_accumulator_load(products_ref, wait_n=1))
-        # Keeps the compiler from moving this arithmetic behind the wait for the second product.
+        # Keeps LLVM from moving this arithmetic behind the wait for the second product.
         result = lax.optimization_barrier(result)
+        used()
         return lax.optimization_barrier((result, acc_ref[...]))
 
     return pl.run_scoped(body, _accumulator(query.shape[0], key.shape[0]), _accumulator(*acc.shape))

@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .mosaic_gpu_inline import exponents_below
 from .mosaic_gpu_primitives import ROWS, across_columns, full
 
 LOG2_E = math.log2(math.e)
+# Weights up to 2^8 are as exact as weights up to 1, in float16 too: sums need not be rescaled for every new maximum.
+_SLACK = 8.0
 _LN_2 = math.log(2.0)
 
 
@@ -34,8 +37,13 @@ class Softmax(NamedTuple):
         base = jnp.where(maximum == -jnp.inf, 0.0, maximum) if mask is not None else maximum
         decay = jnp.exp2(self.maximum - base)
         weights = jnp.exp2(products * exponent_scale - across_columns(base, products.shape))
-        total = self.total * decay + weights.sum(axis=1)
-        return Softmax(maximum, total), decay, weights
+        return Softmax(maximum, self.total * decay + weights.sum(axis=1)), decay, weights
+
+    def update_visible(self, products: jax.Array, exponent_scale: float) -> tuple["Softmax", jax.Array, jax.Array]:
+        """`update` with a tile without a mask. The maximum may stay below the true one, by no more than `_SLACK`."""
+        exponents, maximum, decay = exponents_below(products, self.maximum, exponent_scale, limit=_SLACK)
+        weights = jnp.exp2(exponents)
+        return Softmax(maximum, self.total * decay + weights.sum(axis=1)), decay, weights
 
 
 def merge(acc: jax.Array, softmax: Softmax, old_output: jax.Array, old_lse: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -36,9 +36,16 @@ class Case:
     has_segments: bool = False
     # Queries of even and odd positions in two runs, as a striped or zigzag layout deals them.
     shuffled: bool = False
+    # Keys larger and larger, so that the rows' maxima rise by more than any slack again and again.
+    rising: bool = False
 
     def __str__(self) -> str:
-        mask = ("causal" if self.is_causal else "full") + "-docs" * self.has_segments + "-shuffled" * self.shuffled
+        mask = (
+            ("causal" if self.is_causal else "full")
+            + "-docs" * self.has_segments
+            + "-shuffled" * self.shuffled
+            + "-rising" * self.rising
+        )
         sizes = f"B{self.batch}T{self.queries}S{self.keys}N{self.heads}K{self.kv_heads}H{self.head_dim}"
         sizes += f"x{self.num_blocks}" * (self.num_blocks != 2)
         return f"{self.dtype}-{sizes}-{mask}"
@@ -62,6 +69,9 @@ def arrays(case: Case) -> dict[str, Any]:
         name: rng.standard_normal(shape, np.float32).astype(dtype)
         for name, shape in (("query", q_shape), ("key", k_shape), ("value", k_shape), ("d_out", q_shape))
     }
+    if case.rising:
+        growth = np.linspace(0.1, 12, case.total_keys, dtype=np.float32)
+        result["key"] = (result["key"].astype(np.float32) * growth[:, None, None]).astype(dtype)
     result["d_lse"] = rng.standard_normal((case.batch, case.heads, case.queries), np.float32)
     k_positions = np.arange(case.total_keys, dtype=np.int32)
     # The queries are spread over the keys, from before the first one (a row without keys) to the last one.

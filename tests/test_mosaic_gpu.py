@@ -26,6 +26,7 @@ CASES = [
     Case(queries=72, keys=136, heads=1, kv_heads=1, head_dim=64, has_segments=True, batch=2),
     Case(dtype="float16", queries=99, keys=77, heads=1, kv_heads=1, head_dim=96, is_causal=False),
     Case(queries=64, keys=64, heads=1, kv_heads=1, head_dim=40, shuffled=True),
+    Case(queries=128, keys=520, num_blocks=1, heads=1, kv_heads=1, head_dim=64, is_causal=False, rising=True),
 ]
 
 

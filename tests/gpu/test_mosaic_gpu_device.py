@@ -27,6 +27,8 @@ CASES = [
     Case(queries=520, keys=520, num_blocks=1, heads=4, kv_heads=2, head_dim=128),
     Case(queries=520, keys=333, num_blocks=3, heads=6, kv_heads=2, head_dim=128),
     Case(queries=400, keys=400, num_blocks=3, heads=4, kv_heads=2, head_dim=64, is_causal=False),
+    Case(queries=512, keys=1024, num_blocks=2, heads=2, kv_heads=1, head_dim=128, is_causal=False, rising=True),
+    Case(dtype="float16", queries=400, keys=1000, heads=2, kv_heads=1, head_dim=64, rising=True),
 ]
 
 

@@ -1,0 +1,149 @@
+"""Operations on registers that Pallas has no words for, written in Mosaic GPU's own dialect.
+
+The Mosaic interpreter knows none of it: every function has a mathematically equal branch for it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, scf, vector
+from jaxtyping import Array, Float32
+
+from .mosaic_gpu_primitives import ROWS, across_columns, is_interpreted
+
+_WGMMA = plgpu.Layout.WGMMA
+
+
+def exponents_below(
+    products: Float32[Array, "rows columns"], maximum: Float32[Array, " rows"], factor: float, *, limit: float
+) -> tuple[Float32[Array, "rows columns"], Float32[Array, " rows"], Float32[Array, " rows"]]:
+    """Exponents `products * factor - maximum` of a row, its maximum, and by what factor earlier sums decay.
+
+    A row's maximum is raised by its largest exponent where that is above `limit` (at least 0), and where it was -inf.
+    Elsewhere it stays, and the factor is 1.
+
+    Rows are rarely raised. So a warp first only looks whether any of its rows must be: it compares the exponents' bits
+    as integers, which orders those above 0 as they are and takes one instruction for two of them.
+    """
+    if is_interpreted():
+        base = jnp.where(maximum == -jnp.inf, 0.0, maximum)
+        exponents = products * factor - across_columns(base, products.shape)
+        largest = exponents.max(axis=1)
+        shift = jnp.where((largest > limit) | (maximum == -jnp.inf), largest, 0.0)
+        raised = base + shift
+        return exponents - across_columns(shift, exponents.shape), raised, jnp.exp2(maximum - raised)
+
+    matrix, row = (
+        plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout)
+        for shape, layout in ((products.shape, _WGMMA), (maximum.shape, ROWS))
+    )
+
+    @plgpu.inline_mgpu(arg_types=(_WGMMA, ROWS), return_type=(matrix, row, row))
+    def compute(_ctx: Any, products: Any, maximum: Any) -> Any:
+        zero, nothing = _constant(0.0), _constant(-np.inf)
+        is_new = [arith.cmpf(arith.CmpFPredicate.OEQ, x, nothing) for x in _elements(maximum)]
+        base = _with_elements(
+            maximum, [arith.select(new, zero, x) for new, x in zip(is_new, _elements(maximum), strict=True)]
+        )
+        exponents = products * _splat(products, factor) - _across(base, products)
+        # A thread holds two rows; in the order of registers, two columns of one, then of the other.
+        registers, i32 = list(exponents.registers.flat), ir.IntegerType.get_signless(32)
+        limit_bits = arith.constant(i32, int(np.float32(limit).view(np.int32)))
+        must_raise = arith.ori(*is_new)
+        for of_row in (registers[0::2], registers[1::2]):
+            bits = [arith.bitcast(i32, x) for register in of_row for x in _parts(register)]
+            largest = bits[0]
+            for x in bits[1:]:
+                largest = arith.maxsi(largest, x)
+            must_raise = arith.ori(must_raise, arith.cmpi(arith.CmpIPredicate.sgt, largest, limit_bits))
+
+        def raise_() -> Any:
+            largest = exponents.reduce("max", 1)
+            shift = []
+            for new, x in zip(is_new, _elements(largest), strict=True):
+                above = arith.cmpf(arith.CmpFPredicate.OGT, x, _constant(limit))
+                shift.append(arith.select(arith.ori(new, above), x, zero))
+            shift = _with_elements(maximum, shift)
+            raised = base + shift
+            return exponents - _across(shift, exponents), raised, (maximum - raised).exp2(approx=True)
+
+        def keep() -> Any:
+            return exponents, maximum, _with_elements(maximum, [_constant(1.0)] * 2)
+
+        return _if_any(must_raise, raise_, keep)
+
+    return compute(products, maximum)
+
+
+def scale_rows_below_one(
+    matrix: Float32[Array, "rows columns"], factors: Float32[Array, " rows"]
+) -> Float32[Array, "rows columns"]:
+    """`matrix * factors` a row, for factors up to 1. A warp whose factors are all 1 leaves its rows as they are."""
+    if is_interpreted():
+        return matrix * across_columns(factors, matrix.shape)
+
+    @plgpu.inline_mgpu(
+        arg_types=(_WGMMA, ROWS), return_type=plgpu.ShapeDtypeStruct(matrix.shape, jnp.float32, layout=_WGMMA)
+    )
+    def scale(_ctx: Any, matrix: Any, factors: Any) -> Any:
+        below = [arith.cmpf(arith.CmpFPredicate.ULT, x, _constant(1.0)) for x in _elements(factors)]
+        return _if_any(arith.ori(*below), lambda: matrix * _across(factors, matrix), lambda: matrix)
+
+    return scale(matrix, factors)
+
+
+def _constant(value: float) -> Any:
+    f32 = ir.F32Type.get()
+    return arith.constant(f32, ir.FloatAttr.get(f32, value))
+
+
+def _splat(like: Any, value: float) -> Any:
+    return mgpu.FragmentedArray.splat(_constant(value), like.shape, like.layout)
+
+
+def _across(rows: Any, matrix: Any) -> Any:
+    return rows.broadcast_in_dim(matrix.shape, (0,), matrix.layout)
+
+
+def _parts(register: Any) -> list[Any]:
+    """The numbers in a register of a fragmented array."""
+    return [vector.extract(register, [], [i]) for i in range(ir.VectorType(register.type).shape[0])]
+
+
+def _elements(rows: Any) -> list[Any]:
+    """A thread's numbers of an array in the layout ROWS: two."""
+    return [x for register in rows.registers.flat for x in _parts(register)]
+
+
+def _with_elements(like: Any, elements: list[Any]) -> Any:
+    """`like` with other numbers, one for each register."""
+    registers = np.empty_like(like.registers)
+    registers.flat = [vector.broadcast(like.registers.flat[0].type, x) for x in elements]
+    return mgpu.FragmentedArray(_registers=registers, _layout=like.layout, _is_signed=None)
+
+
+def _if_any(condition: Any, then: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
+    """What `then` gives in the warps in which `condition` holds in any thread, in the others what `otherwise` gives."""
+    i32 = ir.IntegerType.get_signless(32)
+    asm = "{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.any.pred p, p, 0xffffffff; selp.b32 $0, 1, 0, p; }"
+    anywhere = llvm.inline_asm(i32, [arith.extui(i32, condition)], asm, "=r,r", has_side_effects=True)
+    anywhere = arith.cmpi(arith.CmpIPredicate.ne, anywhere, arith.constant(i32, 0))
+    # The types of the results are those of the second branch, which computes nothing.
+    arrays, treedef = jax.tree.flatten(otherwise(), is_leaf=lambda x: isinstance(x, mgpu.FragmentedArray))
+    result = scf.IfOp(anywhere, [r.type for x in arrays for r in x.registers.flat], has_else=True)
+    for block, branch in ((result.then_block, then), (result.else_block, otherwise)):
+        with ir.InsertionPoint(block):
+            leaves = jax.tree.leaves(branch(), is_leaf=lambda x: isinstance(x, mgpu.FragmentedArray))
+            scf.yield_([r for x in leaves for r in x.registers.flat])
+    values, out = iter(result.results), []
+    for x in arrays:
+        registers = np.empty_like(x.registers)
+        registers.flat = [next(values) for _ in range(registers.size)]
+        out.append(mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None))
+    return jax.tree.unflatten(treedef, out)
