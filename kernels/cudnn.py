@@ -74,8 +74,10 @@ def backward(
     *,
     scale: float,
     is_only: bool = False,
+    is_last: bool = False,
 ) -> Gradients:
     """This block's gradients from the ring's final `lse`. See `contract.BlockKernel`; raises like `forward`."""
+    del is_last
     d_out, output = _stand_in_output(d_out, delta)
     block_dq, dk, dv = _call_backward(query, key, value, lse, output, d_out, _mask_name(mask), scale)
     if not is_only:

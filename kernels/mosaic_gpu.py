@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from .contract import AttentionState, BlockMask, Gradients
-from .mosaic_gpu_backward import differentiate
+from .mosaic_gpu_backward import differentiate, finished_d_query
 from .mosaic_gpu_choices import default_backward_config, default_forward_config
 from .mosaic_gpu_forward import attend
 from .mosaic_gpu_two_pass import differentiate_keys, differentiate_queries
@@ -88,6 +88,7 @@ def backward(
     *,
     scale: float,
     is_only: bool = False,
+    is_last: bool = False,
 ) -> Gradients:
     """This block's gradients; its share of `dq` is added in place. See `contract.BlockKernel`.
 
@@ -99,10 +100,15 @@ def backward(
         return deterministic_backward(query, key, value, d_out, lse, delta, dq, mask, scale=scale, is_only=is_only)
     _refuse(query, scale)
     columns = 64 if query.shape[3] <= 64 else 128
-    config = default_backward_config(columns)
-    inputs, dq = _pad_all(query, key, value, d_out, lse, delta, dq, columns=columns)
-    result = differentiate(*inputs, dq, mask, scale=scale, is_only=is_only, config=config)
-    return _crop(result, query, key)
+    # The kernel's own order of columns would not survive that padding is cut off.
+    is_ordered = query.shape[3] != columns
+    inputs, sums = _pad_all(query, key, value, d_out, lse, delta, dq, columns=columns)
+    sums = jnp.zeros_like(sums) if is_ordered else sums
+    result = differentiate(*inputs, sums, mask, scale=scale, is_only=is_only, config=default_backward_config(columns))
+    if is_ordered or is_last:
+        result = result._replace(dq=finished_d_query(result.dq, scale))
+    result = _crop(result, query, key)
+    return result._replace(dq=dq + result.dq) if is_ordered else result
 
 
 def deterministic_backward(
@@ -117,8 +123,10 @@ def deterministic_backward(
     *,
     scale: float,
     is_only: bool = False,
+    is_last: bool = False,
 ) -> Gradients:
     """Like `backward`, adding in a fixed order: two runs give identical bits. Two kernels, eight products, not five."""
+    del is_last
     _refuse(query, scale)
     inputs, dq = _pad_all(query, key, value, d_out, lse, delta, dq, columns=_round_up(query.shape[3], 32))
     dk, dv = differentiate_keys(*inputs, mask, scale=scale)

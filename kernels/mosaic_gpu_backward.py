@@ -19,7 +19,8 @@ from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from .contract import BlockMask, Gradients
-from .mosaic_gpu_choices import BACKWARD_WARPGROUPS, BackwardConfig, backward_grid_order
+from .mosaic_gpu_choices import BACKWARD_WARPGROUPS, BackwardConfig, backward_grid_order, backward_tiles_apart
+from .mosaic_gpu_inline import store_swapped, swap_columns
 from .mosaic_gpu_masks import MaskInputs, Walk
 from .mosaic_gpu_primitives import (
     COLUMNS,
@@ -39,8 +40,6 @@ from .tiles import TileRanges, query_ranges
 
 _LOG2_E = math.log2(math.e)
 _PRODUCER_REGISTERS, _COMPUTE_REGISTERS = 24, 240
-# Measured on an H200: 4 steps between programs beside each other are the fastest, with 2 to 6 of them within 1 %.
-_STEPS_APART = 4
 
 
 class BackwardInputs(NamedTuple):
@@ -112,6 +111,16 @@ class _Block:
         return self.config.q_tile // BACKWARD_WARPGROUPS, self.head_dim
 
 
+class _Place(NamedTuple):
+    """Where a program is: query head within the group, and query tile; among the partial tiles, which of them.
+
+    It is counted: divisions of the step by the number of tiles would take longer.
+    """
+
+    head: jax.Array
+    tile: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class _Program:
     """One program of the grid: its tile of keys, the query tiles that see it, and what its warpgroups share."""
@@ -144,33 +153,34 @@ class _Program:
         """How many of the steps, the first ones, need the mask."""
         return self.walk.partial * self.block.group
 
-    def place(self, step: jax.Array, is_partial: jax.Array | bool) -> tuple[jax.Array, jax.Array]:
-        """Query head and query tile of a step: the partial tiles of all heads of the group, then their full ones."""
-        if self.block.group == 1:
-            return self.kv_head, self.tile(step)
-        num_full = self.walk.steps - self.walk.partial
-        if isinstance(is_partial, bool):
-            first, tiles = (0, self.walk.partial) if is_partial else (self.walk.partial, num_full)
-        else:
-            first = jnp.where(is_partial, 0, self.walk.partial)
-            tiles = jnp.where(is_partial, self.walk.partial, num_full)
-        index, tiles = step - first * self.block.group, jnp.maximum(tiles, 1)
-        head = self.kv_head * self.block.group + lax.div(index, tiles)
-        return head, self.tile(first + lax.rem(index, tiles))
+    @property
+    def first_full(self) -> jax.Array:
+        """The full tile to begin with.
 
-    def tile(self, step: jax.Array) -> jax.Array:
-        """The query tile of a step within a head. Each program begins the full ones a few later than the one before it.
-
-        Programs of one head run side by side: beginning with the same tiles, they would add to the same dQ at once.
+        Each program begins a few later than the one before it: programs of one head run side by side, and beginning
+        with the same tiles they would add to the same dQ at once.
         """
         walk = self.walk
         if not self.block.is_apart:
-            return walk.tile(step)
-        apart = max(1, _STEPS_APART // self.block.group)
-        num_full = jnp.maximum(walk.steps - walk.partial, 1)
-        full = step - walk.partial + lax.rem(self.key_tile * apart, num_full)
-        full = jnp.where(full >= num_full, full - num_full, full)
-        return jnp.where(step < walk.partial, walk.tile(step), walk.full_start + full)
+            return walk.full_start
+        apart = backward_tiles_apart(self.block.is_causal, self.block.group)
+        num_full = jnp.maximum(walk.full_end - walk.full_start, 1)
+        return walk.full_start + lax.rem(self.key_tile * apart, num_full)
+
+    def begin(self, is_partial: bool) -> _Place:
+        """The first place among the partial or the full tiles."""
+        return _Place(jnp.int32(0), jnp.int32(0) if is_partial else self.first_full)
+
+    def tile(self, place: _Place, is_partial: bool) -> jax.Array:
+        """The query tile of a place."""
+        return self.walk.tile(place.tile) if is_partial else place.tile
+
+    def after(self, place: _Place, is_partial: bool) -> _Place:
+        """The next place: a head's other tiles, then the next head."""
+        walk, first = self.walk, jnp.int32(0) if is_partial else self.first_full
+        start, end = (first, walk.partial) if is_partial else (walk.full_start, walk.full_end)
+        tile = jnp.where(place.tile + 1 == end, start, place.tile + 1)
+        return _Place(jnp.where(tile == first, place.head + 1, place.head), tile)
 
     def slot(self, step: jax.Array) -> jax.Array:
         return slot_of(step, self.block.config.stages)
@@ -203,20 +213,27 @@ class _Program:
             plgpu.copy_gmem_to_smem(inputs.key.at[keys], scratch.key.at[warpgroup], ready)
             plgpu.copy_gmem_to_smem(inputs.value.at[keys], scratch.value.at[warpgroup], ready)
 
-        @pl.loop(0, self.steps)
-        def _copy_tiles(step):
-            slot = self.slot(step)
+        def copy_tiles(step: jax.Array, place: _Place) -> _Place:
+            slot, is_partial = self.slot(step), step < self.partial_steps
             pl.when(step >= self.block.config.stages)(lambda: plgpu.barrier_wait(scratch.tiles_free.at[slot]))
-            head, tile = self.place(step, step < self.partial_steps)
+            tile = jnp.where(is_partial, self.tile(place, True), self.tile(place, False))
             rows = pl.ds(tile * self.block.config.q_tile, self.block.config.q_tile)
+            head = self.kv_head * self.block.group + place.head
             ready = scratch.query_ready.at[slot]
             plgpu.copy_gmem_to_smem(inputs.query.at[self.batch, rows, head], scratch.query.at[slot], ready)
             plgpu.copy_gmem_to_smem(inputs.lse.at[self.batch, head, rows], scratch.statistics.at[slot, 0], ready)
             ready = scratch.d_out_ready.at[slot]
             plgpu.copy_gmem_to_smem(inputs.d_out.at[self.batch, rows, head], scratch.d_out.at[slot], ready)
             plgpu.copy_gmem_to_smem(inputs.delta.at[self.batch, head, rows], scratch.statistics.at[slot, 1], ready)
+            after = _either(is_partial, self.after(place, True), self.after(place, False))
+            return _either(step + 1 == self.partial_steps, self.begin(False), after)
 
+        lax.fori_loop(0, self.steps, copy_tiles, _either(self.partial_steps > 0, self.begin(True), self.begin(False)))
         self.wait_for_last(scratch.tiles_free)
+
+
+def _either(condition: jax.Array, one: _Place, other: _Place) -> _Place:
+    return _Place(*(jnp.where(condition, x, y) for x, y in zip(one, other, strict=True)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,8 +270,9 @@ class _Worker:
         plgpu.barrier_wait(scratch.key_ready.at[self.warpgroup])
         zero = full((WARPGROUP_ROWS, program.block.head_dim), 0)
         pl.when(self.warpgroup == 1)(self.give_turn)
-        carry = _Carry(zero, zero, jnp.int32(0), jnp.int32(0))
+        carry = _Carry(zero, zero, program.begin(True), jnp.int32(0), jnp.int32(0))
         carry = lax.fori_loop(0, program.partial_steps, lambda i, c: self.step(i, c, is_partial=True), carry)
+        carry = carry._replace(place=program.begin(False))
         carry = lax.fori_loop(
             program.partial_steps, program.steps, lambda i, c: self.step(i, c, is_partial=False), carry
         )
@@ -287,7 +305,8 @@ class _Worker:
         query, d_out = scratch.query.at[slot], scratch.d_out.at[slot]
         plgpu.barrier_wait(scratch.query_ready.at[slot])
         plgpu.barrier_wait(scratch.d_out_ready.at[slot])
-        probs, d_scores = self.probabilities(step, query, d_out, is_partial=is_partial)
+        tile = program.tile(carry.place, is_partial)
+        probs, d_scores = self.probabilities(step, tile, query, d_out, is_partial=is_partial)
         pl.when(step >= block.config.stages)(lambda: plgpu.barrier_wait(scratch.d_scores_free.at[slot]))
         scratch.d_scores[slot, self.warpgroup] = d_scores
         plgpu.commit_smem()
@@ -305,12 +324,12 @@ class _Worker:
             (carry.dv, probs, d_out), (carry.dk, d_scores, query), *self.d_query_factors(last_slot), use=use
         )
         plgpu.barrier_arrive(scratch.tiles_free.at[slot])
-        return _Carry(dk, dv, *program.place(step, is_partial))
+        return _Carry(dk, dv, program.after(carry.place, is_partial), carry.place.head, tile)
 
-    def probabilities(self, step: jax.Array, query: Ref, d_out: Ref, *, is_partial: bool) -> tuple:
+    def probabilities(self, step: jax.Array, tile: jax.Array, query: Ref, d_out: Ref, *, is_partial: bool) -> tuple:
         """Transposed probabilities of a step and the gradients of its scores, both rounded to the inputs' dtype."""
         program, block = self.program, self.program.block
-        statistics, keys = program.scratch.statistics.at[program.slot(step)], program.keys(self.warpgroup)
+        statistics = program.scratch.statistics.at[program.slot(step)]
         shape = (WARPGROUP_ROWS, block.config.q_tile)
 
         def exponentials(products):
@@ -318,8 +337,8 @@ class _Worker:
             result = jnp.exp2(products * (block.scale * _LOG2_E) - across_rows(lse, shape))
             if not is_partial:
                 return result
-            _, tile = program.place(step, is_partial)
             queries = pl.ds(tile * block.config.q_tile, block.config.q_tile)
+            keys = program.keys(self.warpgroup + hidden_zero())
             visible = program.inputs.mask.visible(
                 program.batch, queries, keys, is_causal=block.is_causal, num_keys=block.num_keys, keys_in_rows=True
             )
@@ -352,18 +371,19 @@ class _Worker:
         program = self.program
         buffer = program.scratch.d_query.at[self.warpgroup]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        buffer[...] = product * program.block.scale
+        store_swapped(product, buffer)
         plgpu.commit_smem()
-        where = (program.batch, carry.last_head, self.columns)
+        where = (program.batch, program.kv_head * program.block.group + carry.last_head, self.columns)
         first_row = carry.last_tile * program.block.config.q_tile + self.first_row
         add_to_gmem(buffer, program.dq, where, first_row, program.block.num_queries)
 
 
 class _Carry(NamedTuple):
-    """What a compute warpgroup takes from step to step: its sums, and where the dQ of the last step belongs."""
+    """What a compute warpgroup takes from step to step: its sums, where it is, and where the last step's dQ belongs."""
 
     dk: Float32[Array, "64 H"]
     dv: Float32[Array, "64 H"]
+    place: _Place
     last_head: jax.Array
     last_tile: jax.Array
 
@@ -382,7 +402,10 @@ def differentiate(
     is_only: bool,
     config: BackwardConfig,
 ) -> Gradients:
-    """This block's gradients, its share of `dq` added in place in no fixed order. T and S are multiples of 8."""
+    """This block's gradients, its share of `dq` added in place in no fixed order. T and S are multiples of 8.
+
+    Sums are added to `dq` as they lie in registers: `finished_d_query` makes the gradient of them.
+    """
     batch, num_queries, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[2]
     grid = {"kv_heads": num_kv_heads, "key_tiles": -(-key.shape[1] // config.k_tile), "batch": batch}
@@ -427,6 +450,12 @@ def differentiate(
 
     empty = jnp.empty(gradient.shape, gradient.dtype)
     return Gradients(*pl.run_state(run)((dq, empty, empty)))
+
+
+def finished_d_query(dq: Float32[Array, "B T N H"], scale: float) -> Float32[Array, "B T N H"]:
+    """The gradient of the queries, from what the kernels of all blocks have added up: put in order, and scaled."""
+    is_odd = jnp.arange(dq.shape[1]) % 2 == 1
+    return swap_columns(dq, is_odd[:, None, None]) * scale
 
 
 def _scratch(block: _Block) -> dict:

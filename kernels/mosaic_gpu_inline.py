@@ -11,11 +11,12 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Bool, Float32
 
-from .mosaic_gpu_primitives import ROWS, across_columns, is_interpreted
+from .mosaic_gpu_primitives import ROWS, Ref, across_columns, is_interpreted
 
 _WGMMA = plgpu.Layout.WGMMA
 
@@ -96,6 +97,53 @@ def scale_rows_below_one(
         return _if_any(arith.ori(*below), lambda: matrix * _across(factors, matrix), lambda: matrix)
 
     return scale(matrix, factors)
+
+
+def store_swapped(values: Float32[Array, "64 64"], buffer: Ref) -> None:
+    """Stores a matrix from registers into shared memory as `swap_columns` of its odd rows.
+
+    Every other row must be moved, or threads meet at shared memory's banks; to move it in registers takes a select for
+    each number. Global memory can be read in any order, once, when all has been added up there.
+    """
+    if is_interpreted():
+        is_odd = jnp.arange(values.shape[0]) % 2 == 1
+        buffer[...] = swap_columns(values, is_odd[:, None])
+        return
+    assert values.shape == buffer.shape == (64, 64)
+    transforms = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
+
+    @plgpu.inline_mgpu(arg_types=(_WGMMA, plgpu.RefType(transforms)), return_type=None)
+    def store(_ctx: Any, values: Any, buffer: Any) -> None:
+        i32 = ir.IntegerType.get_signless(32)
+
+        def c(x: int) -> Any:
+            return arith.constant(i32, x)
+
+        # A thread holds numbers of the rows `row` and `row + 8` of its warp's 16, two columns of every eight.
+        thread = arith.remui(mgpu_utils.thread_idx(), c(128))
+        warp, lane = arith.divui(thread, c(32)), arith.remui(thread, c(32))
+        row, quad = arith.divui(lane, c(4)), arith.remui(lane, c(4))
+        # Tiles of 8 rows of 128 bytes, in which 16 bytes are a chunk; its place is swizzled by the row.
+        chunk = arith.addi(arith.muli(arith.remui(row, c(2)), c(4)), arith.divui(quad, c(2)))
+        place = arith.addi(arith.muli(warp, c(4096)), arith.muli(row, c(128)))
+        place = arith.addi(place, arith.muli(arith.xori(chunk, row), c(16)))
+        place = arith.addi(place, arith.muli(arith.remui(quad, c(2)), c(8)))
+        start = llvm.ptrtoint(i32, mgpu_utils.memref_ptr(buffer))
+        places = [arith.addi(start, arith.xori(place, c(32 * pair))) for pair in range(4)]
+        for i, register in enumerate(values.registers.flat):
+            columns, half = divmod(i, 2)
+            offset = half * 2048 + columns // 4 * 1024
+            asm = f"st.shared.v2.f32 [$0 + {offset}], {{$1, $2}};"
+            operands = [places[columns % 4], *_parts(register)]
+            llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, asm, "r,f,f", has_side_effects=True)
+
+    store(values, buffer)
+
+
+def swap_columns(matrix: Float32[Array, "... columns"], where: Bool[Array, "..."]) -> Float32[Array, "... columns"]:
+    """Each 16 columns exchanged with the 16 beside them where it is said. Columns are multiples of 32."""
+    pairs = matrix.reshape(*matrix.shape[:-1], -1, 2, 16)
+    return jnp.where(where, pairs[..., ::-1, :].reshape(matrix.shape), matrix)
 
 
 def _constant(value: float) -> Any:

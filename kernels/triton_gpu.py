@@ -121,12 +121,14 @@ def backward(
     *,
     scale: float,
     is_only: bool = False,
+    is_last: bool = False,
 ) -> Gradients:
     """This block's gradients; its share of `dq` is added in place. See `contract.BlockKernel`.
 
     Two kernels, one per query tile and one per key tile, without atomics: two runs give identical bits. Raises
     NotImplementedError like `forward`.
     """
+    del is_last
     from . import triton_kernels
 
     block = _Block.of(query, key, value, mask, scale)

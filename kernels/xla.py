@@ -125,8 +125,10 @@ def backward(
     *,
     scale: float,
     is_only: bool = False,
+    is_last: bool = False,
 ) -> Gradients:
     """See `contract.BlockKernel.backward`. One pass, five products a tile; dK and dV of a tile are summed in place."""
+    del is_last
     num_queries, (_, num_keys, num_kv_heads, _) = query.shape[1], key.shape
     block = _block(query, key, value, mask)
     q_tiles, k_tiles = _summaries(block)

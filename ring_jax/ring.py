@@ -127,11 +127,14 @@ def _attend_backward(options: RingOptions, residuals: tuple, cotangents: tuple[A
     # d lse / d score is the probability itself: the logsumexp's cotangent joins delta (FlashAttention-2, section 2.2).
     delta = jnp.sum(d_out.astype(jnp.float32) * output.astype(jnp.float32), axis=-1).swapaxes(1, 2) - d_lse
 
-    def compute(step: Step, block: Block, dq: Array, hidden_keys: Array | None = None) -> tuple[Array, BlockGradients]:
+    def compute(
+        step: Step, block: Block, dq: Array, hidden_keys: Array | None = None, *, is_last: bool = False
+    ) -> tuple[Array, BlockGradients]:
         mask = ring.mask(step, block)
         mask = mask if hidden_keys is None else mask.without(hidden_keys)
         arrays = (query, block.key, block.value, d_out, lse, delta, dq)
-        dq, dk, dv = kernel.backward(*arrays, mask, scale=options.scale, is_only=ring.size == 1)
+        is_only = ring.size == 1
+        dq, dk, dv = kernel.backward(*arrays, mask, scale=options.scale, is_only=is_only, is_last=is_last)
         return dq, BlockGradients(*match_varying((dk, dv), like=query))
 
     def compute_and_pass_on(step: Step, carry: Carry) -> Carry:
@@ -144,14 +147,14 @@ def _attend_backward(options: RingOptions, residuals: tuple, cotangents: tuple[A
 
     def compute_last(block: Block, gradients: BlockGradients, dq: Array) -> tuple[Array, BlockGradients]:
         arriving_gradients = rotate(gradients, options.axis_name)
-        dq, share = compute(ring.size - 1, block, dq)
+        dq, share = compute(ring.size - 1, block, dq, is_last=late_keys is None)
         dk, dv = jax.tree.map(jnp.add, arriving_gradients, share)
         if late_keys is None:
             # The sums are complete: rounded now, they make the hop home to their owner in half the bytes.
             return dq, rotate(BlockGradients(dk.astype(key.dtype), dv.astype(value.dtype)), options.axis_name)
         (dk, dv), dq = lax.optimization_barrier(((dk, dv), dq))
         home = rotate(BlockGradients(dk, dv), options.axis_name)
-        dq, share = compute(0, own_block, dq, hidden_keys=~late_keys)
+        dq, share = compute(0, own_block, dq, hidden_keys=~late_keys, is_last=True)
         return dq, BlockGradients(*jax.tree.map(jnp.add, home, share))
 
     # The ring begins when delta is there. Otherwise XLA makes dQ's zeros at the program's start, and keeps what the
@@ -163,7 +166,7 @@ def _attend_backward(options: RingOptions, residuals: tuple, cotangents: tuple[A
     is_fused = kernels.has_fused_backward(options.implementation, query.shape[3])
     late_keys = _inner_half(key.shape[1]) if is_fused else None
     if ring.size == 1:
-        dq, (dk, dv) = compute(0, own_block, dq)
+        dq, (dk, dv) = compute(0, own_block, dq, is_last=True)
     else:
         arriving = rotate(own_block, options.axis_name)
         dq, gradients = compute(0, own_block, dq, hidden_keys=late_keys)

@@ -106,7 +106,7 @@ def blocks(case: Case) -> Callable[..., dict[str, Any]]:
         for span in spans:
             k, v = data["key"][:, span], data["value"][:, span]
             args = data["query"], k, v, data["d_out"], state.lse, delta, dq, _mask(case, data, span)
-            dq, dk, dv = backward(*args, scale=case.scale, is_only=len(spans) == 1)
+            dq, dk, dv = backward(*args, scale=case.scale, is_only=len(spans) == 1, is_last=span == spans[-1])
             assert dk.dtype == dv.dtype == (k.dtype if len(spans) == 1 else jnp.float32)
             grads.append((dk, dv))
         dk, dv = (jnp.concatenate(parts, axis=1) for parts in zip(*grads, strict=True))
@@ -164,7 +164,7 @@ def late_block_gradient_error(backward: Any) -> float:
     exact += [np.einsum("bnts,btnh->bsnh", x, y) for x, y in ((d_scores, q), (weights, d_out))]
     given = (data[name] for name in ("query", "key", "value", "d_out"))
     mask, dq = _mask(_LATE, data, slice(None)), jnp.zeros(data["query"].shape)
-    found = backward(*given, lse.astype(np.float32), delta, dq, mask, scale=_LATE.scale)
+    found = backward(*given, lse.astype(np.float32), delta, dq, mask, scale=_LATE.scale, is_last=True)
     return max(error(np.asarray(x), y) for x, y in zip(found, exact, strict=True))
 
 

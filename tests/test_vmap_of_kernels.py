@@ -52,7 +52,9 @@ def _block(kernel: Any, *arrays: Any) -> dict[str, jax.Array]:
     for _ in range(2):
         state = kernel.forward(query, key, value, state, mask, scale=0.3)
     dq = jnp.ones(query.shape, jnp.float32)
-    gradients = kernel.backward(query, key, value, d_out, statistics + 2, statistics + 1, dq, mask, scale=0.3)
+    gradients = kernel.backward(
+        query, key, value, d_out, statistics + 2, statistics + 1, dq, mask, scale=0.3, is_last=True
+    )
     return state._asdict() | gradients._asdict()
 
 

@@ -85,7 +85,8 @@ def test_arrays_past_two_to_the_31_elements():
         state = mosaic_gpu.forward(query, key, value, state, mask, scale=head_dim**-0.5)
         delta = jnp.sum(query.astype(jnp.float32) * state.output, axis=-1).swapaxes(1, 2)
         dq = jnp.zeros(query.shape, jnp.float32)
-        gradients = mosaic_gpu.backward(query, key, value, query, state.lse, delta, dq, mask, scale=head_dim**-0.5)
+        cotangents = (query, state.lse, delta, dq, mask)
+        gradients = mosaic_gpu.backward(query, key, value, *cotangents, scale=head_dim**-0.5, is_last=True)
         return state.output[:, -100:], gradients.dq[:, -100:]
 
     output, dq = both(query, key, value)
