@@ -8,6 +8,7 @@ works and how memory divides, and says nothing about speed on a cluster, which t
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +32,7 @@ from ring_jax.training.config import parse_seq_len
 from ring_jax.training.optimizer import OptimizerConfig
 from ring_jax.training.step import StepConfig, TrainStep
 
+from .memory import gpu_of
 from .processes import CPU_DEVICES, alone
 from .steps import median_step_seconds, random_batch
 from .timing import environment
@@ -99,11 +101,19 @@ def measure(config: Config, shape: dict[str, int], attention: AttentionOptions) 
         "measured_bytes": max(d.memory_stats()["peak_bytes_in_use"] for d in jax.devices()) if on_gpu else None,
         "mfu": None,
     }
-    sheet = next((s for s in DATASHEETS.values() if s.name.split()[1] in jax.devices()[0].device_kind.split()), None)
-    if on_gpu and sheet:
+    peak = peak_flops(jax.devices()[0].device_kind)
+    if peak is not None:
         workload = Workload(name=config.model, model=model, seq_len=seq_len, batch=config.batch)
-        row["mfu"] = model_flops(workload) / median / len(jax.devices()) / sheet.bf16_flops
+        row["mfu"] = model_flops(workload) / median / math.prod(shape.values()) / peak
     return row
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """The datasheet's dense bfloat16 FLOP/s of a GPU that calls itself `device_kind`, None if that is not known."""
+    try:
+        return DATASHEETS[gpu_of(device_kind)].bf16_flops
+    except ValueError:
+        return None
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import kernels as kernel_benchmarks
-from benchmarks import memory
+from benchmarks import memory, mesh, mfu
 from benchmarks import replay as replay_module
 from benchmarks.cases import Case, make_inputs
 from benchmarks.peers import PEERS, Passes
@@ -114,6 +114,107 @@ def test_a_plan_that_is_off_fails_the_command(planned, status, tmp_path, monkeyp
     assert memory.main(["--pairs", "tiny/1K", "--out", str(tmp_path)]) == status
     assert ("NOT within" in capsys.readouterr().out) == bool(status)
     assert json.loads((tmp_path / "memory-nvidia-h200.json").read_text())["rows"] == [row]
+
+
+MFU_OF_TINY = ["--model", "tiny", "--layers", "2", "--steps", "1", "--seq-len"]
+
+
+def _mfu_rows(folder) -> list[dict]:
+    return json.loads((folder / "mfu-cpu.json").read_text())["rows"]
+
+
+def test_the_step_is_timed_at_every_length(tmp_path, capsys):
+    """In processes of their own, as a user runs it; without a GPU there is no MFU, and the output says so."""
+    assert mfu.main([*MFU_OF_TINY, "512", "1K", "--out", str(tmp_path)]) == 0
+    assert "speeds mean nothing" in capsys.readouterr().out
+    rows = _mfu_rows(tmp_path)
+    assert [row["seq_len"] for row in rows] == [512, 1024]
+    for row in rows:
+        assert row["mfu"] is None
+        assert row["measured_bytes"] is None
+        assert row["planned_bytes"] > 0
+        assert row["tokens_per_second"] == pytest.approx(row["seq_len"] / row["step_seconds"])
+        shares = [row[f"{part}_share"] for part in ("attention", "layers", "head")]
+        assert all(0 < share < 1 for share in shares)
+        assert sum(shares) == pytest.approx(1)
+    assert rows[0]["attention_share"] < rows[1]["attention_share"]
+    assert (tmp_path / "mfu-cpu.png").stat().st_size > 0
+
+
+def test_model_flops_are_those_that_the_command_says():
+    """Two layers of llama3-8b at 8K tokens, by hand; the head's share falls with the number of layers."""
+    config = mfu.Config(layers=2, seq_len=("8K",))
+    counted = mfu.count(mfu.workloads_of(config)["8K"])
+    tokens, dim = 8192, 4096
+    attention = 2 * 6 * tokens**2 * 32 * 128
+    layers = 2 * 6 * tokens * (dim * dim * 2 + dim * 1024 * 2 + 3 * dim * 14_336)
+    head = 6 * tokens * dim * 128_256
+    total = attention + layers + head
+    assert counted["model_flops"] == total
+    assert counted["attention_share"] == pytest.approx(attention / total)
+    assert counted["head_share"] == pytest.approx(head / total)
+    assert counted["head_share_all_layers"] == pytest.approx(head / (16 * (attention + layers) + head))
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore"),
+            "out of memory: RES",
+        ),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Failed to allocate request for 2.0GiB"), "out of memory: RES"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Shared memory size limit exceeded"), "JaxRuntimeError: RES"),
+        (ValueError(), "ValueError: "),
+    ],
+)
+def test_a_length_that_fails_is_a_row_and_what_was_measured_is_kept(error, reason, tmp_path, monkeypatch, capsys):
+    measured = {"step_seconds": 1.0, "tokens_per_second": 512.0, "planned_bytes": 9, "measured_bytes": 9, "mfu": 0.5}
+    written = []
+
+    def alone(fn, *args):
+        if fn is not mesh.measure:
+            return fn(*args)
+        if args[0].seq_len == "1K":
+            written.extend(_mfu_rows(tmp_path))
+            raise error
+        return measured | {"layout": "contiguous"}
+
+    monkeypatch.setattr(mfu, "alone", alone)
+    assert mfu.main([*MFU_OF_TINY, "512", "1K", "2K", "--out", str(tmp_path)]) == 0
+    short, failed, long = _mfu_rows(tmp_path)
+    assert written == [short]
+    assert "step_seconds" not in failed
+    assert failed["failed"].startswith(reason)
+    assert "more" not in failed["failed"]
+    assert f"1,024 tokens: {reason}" in capsys.readouterr().out
+    assert short["mfu"] == long["mfu"] == 0.5
+    assert mfu.main([*MFU_OF_TINY, "1K"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model", "llama"], "choose one of tiny, small"),
+        (["--remat", "some"], "choose one of none, attention, layer"),
+        (["--layers", "-1"], "--layers must be at least 0, got -1"),
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--seq-len", "8G"], "not a number of tokens"),
+        (["--seq-len", "0"], "at least 1 token"),
+        (["--seq-len"], "at least one length"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_before_anything_runs(args, message, capsys):
+    assert mfu.main(args) == 2
+    assert message in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "peak"),
+    [("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H100 PCIe", None), ("cpu", None)],
+)
+def test_a_gpus_peak_rate_is_its_own_datasheets(device_kind, peak):
+    assert mesh.peak_flops(device_kind) == peak
 
 
 def _row_of_peer(name: str) -> dict:

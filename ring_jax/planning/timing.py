@@ -110,12 +110,21 @@ def model_flops(workload: Workload) -> float:
 
     The bare operation counts its backward 2.5 times, as attention kernels are compared.
     """
+    return sum(flops_by_part(workload).values())
+
+
+def flops_by_part(workload: Workload) -> dict[str, float]:
+    """`model_flops` by where they arise: `attention` (scores and values only), the matrices of the `layers`, `head`."""
     num_heads, _, head_dim = workload.heads
     attention = workload.batch * kernel_flops(workload.seq_len, workload.seq_len, num_heads, head_dim, "forward") / 2
     if not isinstance(workload.model, TransformerConfig):
-        return 3.5 * attention
-    weights = workload.num_layers * sum(_layer_weights(workload.model)) + _head_weights(workload.model)
-    return 3 * workload.num_layers * attention + 6 * weights * workload.batch * workload.seq_len
+        return {"attention": 3.5 * attention}
+    tokens = workload.batch * workload.seq_len
+    return {
+        "attention": 3 * workload.num_layers * attention,
+        "layers": 6 * workload.num_layers * sum(_layer_weights(workload.model)) * tokens,
+        "head": 6 * _head_weights(workload.model) * tokens,
+    }
 
 
 def _shard_tokens(workload: Workload, cluster: Cluster) -> int:
