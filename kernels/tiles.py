@@ -125,10 +125,11 @@ def _ranges(empty: Bool[Array, "B R C"], full: Bool[Array, "B R C"]) -> TileRang
     start = jnp.min(jnp.where(empty, num_columns, columns), axis=-1)
     end = jnp.max(jnp.where(empty, 0, columns + 1), axis=-1)
     start = jnp.minimum(start, end)
-    # Only one run of full tiles is named: the first. Without documents there is never a second one.
+    # Only one run of full tiles is named: the first. Without documents there is never a second one. No bound is found
+    # by way of another, so that one pass over the pairs of tiles finds them all.
     full_start = jnp.minimum(jnp.min(jnp.where(full, columns, num_columns), axis=-1), end)
-    broken = ~full & (columns >= full_start[..., None])
-    full_end = jnp.minimum(jnp.min(jnp.where(broken, columns, num_columns), axis=-1), end)
+    after_full = ~full & jnp.pad(full, ((0, 0), (0, 0), (1, 0)))[..., :-1]
+    full_end = jnp.minimum(jnp.min(jnp.where(after_full, columns, num_columns), axis=-1), end)
     return TileRanges(start, full_start, full_end, end)
 
 
