@@ -62,6 +62,8 @@ def test_the_reader_sees_exposed_hops_and_copies():
     assert text is not None
     schedule = read_schedule(text, block_bytes=math.prod((512, 512)) * 4)
     assert schedule.num_permutes == schedule.num_exposed == 2
+    assert schedule.num_others > 0
+    assert schedule.num_kernels == 0
     assert schedule.bytes_sent == 2 * 512 * 512 * 4
 
 
