@@ -1,5 +1,6 @@
 """The ring as XLA schedules it for eight GPUs that are not there: every hop hidden, nothing copied, memory bounded."""
 
+import dataclasses
 import math
 
 import jax
@@ -30,6 +31,22 @@ def test_every_hop_is_hidden_and_nothing_is_copied(gpu, implementation, segments
         assert ring.temp_bytes <= MEMORY_SLACK * ring.necessary_bytes
     # What else may move inside the rings is the cast of the forward ring's output, once.
     assert [set(move.opcodes) for move in gradient.schedule.moves] in ([], [{"convert"}])
+
+
+@pytest.mark.parametrize(("is_causal", "sizes"), [(True, (4, 8)), (False, (3, 4))])
+def test_positions_and_tiles_are_computed_once_for_all_steps(is_causal, sizes):
+    """What a step launches is its block kernel, and backward the additions of dK and dV; the own block takes two."""
+    case = RingCase(tokens_per_gpu=2048, is_causal=is_causal, implementation="mosaic_gpu")
+    others = []
+    for size in sizes:
+        forward, gradient = (ring.schedule for ring in compile_ring(dataclasses.replace(case, mesh=f"seq={size}")))
+        assert forward.num_kernels == size
+        assert gradient.num_kernels == size + size + 1
+        additions = [m for m in gradient.others if "add" in m.opcodes and m.num_bytes >= gradient.block_bytes]
+        assert len(additions) == 2 * size
+        others.append((forward.num_others, gradient.num_others - len(additions)))
+    assert others[0] == others[1]
+    assert min(others[0]) > 0
 
 
 def test_large_rings_compile_to_a_loop_with_the_same_guarantees():
