@@ -6,6 +6,7 @@ it against one kernel's own best rate. With one shard it is plain attention.
 """
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable
 
@@ -16,7 +17,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from ring_jax.kernels import AttentionState, BlockKernel, BlockMask
 from ring_jax.layouts import check_layout, shard_positions
-from ring_jax.ring import MAX_UNROLLED_STEPS, Step
+from ring_jax.ring import MAX_UNROLLED_STEPS, RingMasks, Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +44,11 @@ class Replay:
         return shard_positions(self.layout, rank, shard_len, self.num_shards)
 
     def mask(self, owner: Step, shard_len: int, segment_ids: Int32[Array, "num_shards B T"] | None) -> BlockMask:
-        own = self.positions(self.rank, shard_len)
-        theirs = own if isinstance(owner, int) and owner == self.rank else self.positions(owner, shard_len)
-        if segment_ids is None:
-            return BlockMask(own, theirs, None, None, self.is_causal)
-        return BlockMask(own, theirs, segment_ids[self.rank], segment_ids[owner], self.is_causal)
+        """The mask of the step in which the rank holds the block of `owner`, as the ring has it."""
+        positions = functools.partial(self.positions, shard_len=shard_len)
+        masks = RingMasks(self.num_shards, self.rank, positions, self.is_causal)
+        ids = (None, None) if segment_ids is None else (segment_ids[self.rank], segment_ids[owner])
+        return masks.mask((self.rank - owner) % self.num_shards, *ids)
 
 
 def replay_forward(

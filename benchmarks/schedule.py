@@ -191,6 +191,7 @@ def report(case: RingCase) -> dict:
                 "bytes_sent": schedule.bytes_sent,
                 "expected_bytes_sent": ring.expected_bytes_sent,
                 "kernels": schedule.num_kernels,
+                "other_kernels": schedule.num_others,
                 "block_copies": len(schedule.block_copies),
                 "other_moves": len(schedule.moves) - len(schedule.block_copies),
                 "temp_bytes": ring.temp_bytes,

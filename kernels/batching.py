@@ -20,7 +20,7 @@ class Mappable:
 
     All arrays of the contract but the positions begin with the batch, so one launch computes the mapped blocks too.
     Arrays that are not mapped are repeated for it. Where positions are mapped, each block has tiles of its own to
-    visit, and the blocks are computed one after the other.
+    visit, and the blocks are computed one after the other; what they visit is computed for each of them alone.
     """
 
     kernel: BlockKernel
@@ -43,8 +43,13 @@ def _call(function: Any, *args: Any) -> Any:
     @call.def_vmap
     def _(size: int, is_mapped: list, mask: BlockMask, arrays: list):
         mask_is_mapped, arrays_are_mapped = is_mapped
-        if mask_is_mapped.q_positions or mask_is_mapped.k_positions:
-            results = lax.map(lambda i: call(*_entry((mask, arrays), tuple(is_mapped), i)), jnp.arange(size))
+        if mask_is_mapped.q_positions or mask_is_mapped.k_positions or mask_is_mapped.block:
+
+            def one(index):
+                mask_of_one, arrays_of_one = _entry((mask, arrays), tuple(is_mapped), index)
+                return call(mask_of_one.alone(), arrays_of_one)
+
+            results = lax.map(one, jnp.arange(size))
         else:
             fold = functools.partial(_fold, size=size)
             ids = jax.tree.map(fold, _segment_ids(mask), _segment_ids(mask_is_mapped))

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from .varying import match_varying
@@ -41,16 +42,29 @@ class BlockMask:
 
     A pair is visible when `not is_causal or q_position >= k_position`, and, if segment ids are given, when both ids are
     equal and not 0 (0 is padding). Segment ids are given for both sides or for neither.
+
+    With `block` the key positions are those of several blocks, of which this is one. Masks of one such stack differ in
+    a number only: XLA sees what kernels compute from the positions as the same for all, and computes it once. Such a
+    mask has no segment ids. Only implementations that `registry` says can index blocks are given one.
     """
 
     q_positions: Int32[Array, " T"]
-    k_positions: Int32[Array, " S"]
+    k_positions: Int32[Array, " S"] | Int32[Array, "blocks S"]
     q_segment_ids: Int32[Array, "B T"] | None
     k_segment_ids: Int32[Array, "B S"] | None
     is_causal: bool = dataclasses.field(metadata=dict(static=True))
+    block: Int32[Array, ""] | None = None
+
+    def alone(self) -> "BlockMask":
+        """This mask with the key positions of its own block only."""
+        if self.block is None:
+            return self
+        k_positions = lax.dynamic_index_in_dim(self.k_positions, self.block, keepdims=False)
+        return dataclasses.replace(self, k_positions=k_positions, block=None)
 
     def without(self, hidden_keys: Bool[Array, " S"]) -> "BlockMask":
         """This mask with some of the keys hidden from every query, so that a kernel skips their tiles."""
+        assert self.block is None
         never = jnp.iinfo(jnp.int32).max
         if self.is_causal:
             return dataclasses.replace(self, k_positions=jnp.where(hidden_keys, never, self.k_positions))

@@ -137,7 +137,8 @@ class _Program:
     @classmethod
     def here(cls, block: _Block, inputs: Ref, dq: Ref, scratch: _Scratch) -> "_Program":
         batch, kv_head, key_tile = (lax.axis_index(name) for name in ("batch", "kv_heads", "key_tiles"))
-        return cls(block, inputs, dq, scratch, batch, kv_head, key_tile, Walk.read(inputs.ranges, batch, key_tile))
+        walk = Walk.read(inputs.ranges, inputs.mask, batch, key_tile)
+        return cls(block, inputs, dq, scratch, batch, kv_head, key_tile, walk)
 
     @property
     def steps(self) -> jax.Array:
@@ -413,7 +414,7 @@ def differentiate(
     block = _Block(
         config=config,
         num_queries=num_queries,
-        num_keys=mask.k_positions.shape[0],
+        num_keys=mask.k_positions.shape[-1],
         group=num_heads // num_kv_heads,
         head_dim=head_dim,
         dtype=query.dtype,

@@ -133,7 +133,7 @@ class _Program:
         batch = lax.axis_index("batch")
         # The last rows have the most keys in a causal block: they go first, so that the short ones fill the gaps.
         row_tile = block.num_row_tiles - 1 - lax.axis_index("row_tiles")
-        walk = Walk.read(inputs.ranges, batch, row_tile)
+        walk = Walk.read(inputs.ranges, inputs.mask, batch, row_tile)
         if not block.in_place:
             # Rows without any key are written too: any tile will do, for its mask hides all of it.
             walk = walk._replace(steps=jnp.maximum(walk.steps, 1))
@@ -378,7 +378,7 @@ def attend(
     row_tiles = -(-num_queries // config.q_tile)
     block = _Block(
         config=config,
-        num_keys=mask.k_positions.shape[0],
+        num_keys=mask.k_positions.shape[-1],
         num_row_tiles=row_tiles,
         group=num_heads // key.shape[2],
         heads=max(heads for heads in range(1, config.heads + 1) if num_heads % heads == 0),

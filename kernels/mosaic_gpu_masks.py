@@ -23,10 +23,10 @@ class Walk(NamedTuple):
     steps: jax.Array
 
     @classmethod
-    def read(cls, ranges: Ref, batch: jax.Array, row: jax.Array) -> "Walk":
-        """The walk of row tile `row`, from references to `TileRanges`."""
-        entry = (batch if ranges.start.shape[0] > 1 else 0, row)
-        start, full_start, full_end, end = (field[entry] for field in ranges)
+    def read(cls, ranges: Ref, mask: "MaskInputs", batch: jax.Array, row: jax.Array) -> "Walk":
+        """The walk of row tile `row`, from references to the `TileRanges` of a mask."""
+        first = 0 if ranges.start.shape[0] == 1 else batch if mask.block is None else mask.block[0]
+        start, full_start, full_end, end = (field[first, row] for field in ranges)
         before = full_start - start
         return cls(start, before, full_start, full_end, before + end - full_end, end - start)
 
@@ -37,20 +37,27 @@ class Walk(NamedTuple):
 
 
 class MaskInputs(NamedTuple):
-    """What masks are computed from: arrays (outside) or references (inside), padded to whole tiles."""
+    """What masks are computed from: arrays (outside) or references (inside), padded to whole tiles.
 
-    q_positions: Int32[Array, " T"]
-    k_positions: Int32[Array, " S"]
+    Positions are there if the mask is causal. With `block`, which is read where it is needed lest it take a register
+    through the kernels' loops, the key positions are those of several blocks.
+    """
+
+    q_positions: Int32[Array, " T"] | None
+    k_positions: Int32[Array, " S"] | Int32[Array, "blocks S"] | None
     q_segment_ids: Int32[Array, "B T"] | None
     k_segment_ids: Int32[Array, "B S"] | None
+    block: Int32[Array, "1"] | None
 
     @classmethod
     def of(cls, mask: BlockMask, q_tile: int, k_tile: int) -> "MaskInputs":
+        is_causal = mask.is_causal
         return cls(
-            pad_last(mask.q_positions, q_tile),
-            pad_last(mask.k_positions, k_tile),
+            pad_last(mask.q_positions, q_tile) if is_causal else None,
+            pad_last(mask.k_positions, k_tile) if is_causal else None,
             None if mask.q_segment_ids is None else pad_last(mask.q_segment_ids, q_tile),
             None if mask.k_segment_ids is None else pad_last(mask.k_segment_ids, k_tile),
+            mask.block[None] if is_causal and mask.block is not None else None,
         )
 
     def visible(
@@ -78,7 +85,10 @@ class MaskInputs(NamedTuple):
         index = plgpu.broadcasted_iota(jnp.int32, shape, 0 if keys_in_rows else 1, layout=plgpu.Layout.WGMMA)
         visible = index < num_keys - keys.start
         if is_causal:
-            q_positions, k_positions = pair(self.q_positions.at[queries], self.k_positions.at[keys])
+            assert self.q_positions is not None
+            assert self.k_positions is not None
+            of_keys = keys if self.block is None else (self.block[0], keys)
+            q_positions, k_positions = pair(self.q_positions.at[queries], self.k_positions.at[of_keys])
             visible &= q_positions >= k_positions
         if self.q_segment_ids is not None and self.k_segment_ids is not None:
             q_ids, k_ids = pair(self.q_segment_ids.at[batch, queries], self.k_segment_ids.at[batch, keys])

@@ -58,7 +58,7 @@ class _Block:
     @classmethod
     def of(cls, query: jax.Array, key: jax.Array, mask: BlockMask, scale: float, column_tile: int) -> "_Block":
         group = query.shape[2] // key.shape[2]
-        num_keys = mask.k_positions.shape[0]
+        num_keys = mask.k_positions.shape[-1]
         return cls(column_tile, num_keys, group, query.shape[3], query.dtype, mask.is_causal, scale)
 
     def probabilities(self, products, lse):
@@ -163,7 +163,7 @@ def differentiate_keys(
     def body(inputs, outputs, scratch):
         batch, kv_head, key_tile = (lax.axis_index(name) for name in ("batch", "heads", "row_tiles"))
         warpgroup = lax.axis_index("warpgroup")
-        walk = Walk.read(inputs.ranges, batch, key_tile)
+        walk = Walk.read(inputs.ranges, inputs.mask, batch, key_tile)
         keys = pl.ds(key_tile * WARPGROUP_ROWS, WARPGROUP_ROWS)
         place = (batch, kv_head, keys, walk)
 
@@ -277,7 +277,7 @@ def differentiate_queries(
         # The last rows have the most keys in a causal block: they go first, so that the short ones fill the gaps.
         row_tile = row_tiles - 1 - lax.axis_index("row_tiles")
         warpgroup = lax.axis_index("warpgroup")
-        walk = Walk.read(inputs.ranges, batch, row_tile)
+        walk = Walk.read(inputs.ranges, inputs.mask, batch, row_tile)
         queries = pl.ds(row_tile * WARPGROUP_ROWS, WARPGROUP_ROWS)
         place = (batch, head, queries, walk)
 

@@ -33,6 +33,8 @@ _MOSAIC = ("mosaic_gpu", "mosaic_gpu_deterministic")
 _WITHOUT_CHECK_VMA = _MOSAIC
 # `jax.vmap` knows neither kernels that take references nor Triton's.
 _WITHOUT_VMAP = (*_MOSAIC, "triton")
+# Kernels that find their block's positions and tiles in those of several blocks, see `BlockMask.block`.
+_INDEXING_BLOCKS = _MOSAIC
 # XLA's options that forbid results which differ between two runs; its own attention, cuDNN's, obeys them too.
 _DETERMINISTIC_OPTIONS = ("--xla_gpu_exclude_nondeterministic_ops", "--xla_gpu_deterministic_ops")
 
@@ -135,7 +137,8 @@ def load(implementation: str, target: Target) -> BlockKernel:
     if implementation == "triton":
         assert target.compute_capability is not None
         kernel = _TritonFor(kernel, target.compute_capability)
-    return TracedOnce(Mappable(kernel) if implementation in _WITHOUT_VMAP else kernel)
+    kernel = Mappable(kernel) if implementation in _WITHOUT_VMAP else kernel
+    return TracedOnce(kernel, can_index_blocks=implementation in _INDEXING_BLOCKS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,10 @@ _INT32_MAX = jnp.iinfo(jnp.int32).max
 
 
 class TileRanges(NamedTuple):
-    """Column tiles of every row tile, see the module's text; the leading dim is 1 without segment ids or merged."""
+    """Column tiles of every row tile, see the module's text; the leading dim is 1 without segment ids or merged.
+
+    Of a mask with a stack of blocks, the leading dim is that of the blocks.
+    """
 
     start: Int32[Array, "B R"]
     full_start: Int32[Array, "B R"]
@@ -51,13 +54,19 @@ class TileSummary(NamedTuple):
         return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, tile, 1, axis=1), self)
 
 
-def summarize_tiles(positions: Int32[Array, " L"], segment_ids: Int32[Array, "B L"] | None, tile: int) -> TileSummary:
-    """The summary of one side of a block, cut into tiles of `tile` tokens; linear in the tokens."""
+def summarize_tiles(
+    positions: Int32[Array, " L"] | Int32[Array, "blocks L"], segment_ids: Int32[Array, "B L"] | None, tile: int
+) -> TileSummary:
+    """The summary of one side of a block, cut into tiles of `tile` tokens; linear in the tokens.
+
+    Positions of several blocks give a summary with the blocks in place of the batch.
+    """
+    assert positions.ndim == 1 or segment_ids is None
     segments = documents = None
     if segment_ids is not None:
         segments, documents = _extent(segment_ids, tile), _extent(segment_ids, tile, ignore_zero=True)
-    whole = _whole_tiles(positions.shape[0], tile)[None]
-    return TileSummary(whole, _extent(positions[None], tile), segments, documents)
+    whole = _whole_tiles(positions.shape[-1], tile)[None]
+    return TileSummary(whole, _extent(jnp.atleast_2d(positions), tile), segments, documents)
 
 
 def key_ranges(mask: BlockMask, q_tile: int, k_tile: int, *, merge_batch: bool = False) -> TileRanges:
@@ -125,10 +134,11 @@ def _ranges(empty: Bool[Array, "B R C"], full: Bool[Array, "B R C"]) -> TileRang
     start = jnp.min(jnp.where(empty, num_columns, columns), axis=-1)
     end = jnp.max(jnp.where(empty, 0, columns + 1), axis=-1)
     start = jnp.minimum(start, end)
-    # Only one run of full tiles is named: the first. Without documents there is never a second one.
+    # Only one run of full tiles is named: the first. Without documents there is never a second one. No bound is found
+    # by way of another, so that one pass over the pairs of tiles finds them all.
     full_start = jnp.minimum(jnp.min(jnp.where(full, columns, num_columns), axis=-1), end)
-    broken = ~full & (columns >= full_start[..., None])
-    full_end = jnp.minimum(jnp.min(jnp.where(broken, columns, num_columns), axis=-1), end)
+    after_full = ~full & jnp.pad(full, ((0, 0), (0, 0), (1, 0)))[..., :-1]
+    full_end = jnp.minimum(jnp.min(jnp.where(after_full, columns, num_columns), axis=-1), end)
     return TileRanges(start, full_start, full_end, end)
 
 

@@ -16,15 +16,22 @@ from .contract import AttentionState, BlockKernel, BlockMask, Gradients
 
 @dataclasses.dataclass(frozen=True)
 class TracedOnce:
-    """A block kernel whose calls with the same shapes and options are traced once."""
+    """A block kernel whose calls with the same shapes and options are traced once.
+
+    A kernel that cannot index blocks is given the mask of a block alone.
+    """
 
     kernel: BlockKernel
+    can_index_blocks: bool = False
 
     def forward(self, *args: Any, **options: Any) -> AttentionState:
-        return _shared(self.kernel, "forward", *options.items())(*args[:-1], diagonal_as_none(args[-1]))
+        return _shared(self.kernel, "forward", *options.items())(*args[:-1], self._mask(args[-1]))
 
     def backward(self, *args: Any, **options: Any) -> Gradients:
-        return _shared(self.kernel, "backward", *options.items())(*args[:-1], diagonal_as_none(args[-1]))
+        return _shared(self.kernel, "backward", *options.items())(*args[:-1], self._mask(args[-1]))
+
+    def _mask(self, mask: BlockMask) -> BlockMask:
+        return diagonal_as_none(mask if self.can_index_blocks else mask.alone())
 
 
 @functools.cache

@@ -87,11 +87,11 @@ def _attend(
     segment_ids: Array | None,
     gathered_positions: Int32[Array, "num_shards T"] | None,
 ) -> tuple[Array, Array]:
-    ring = _Ring(options, query.shape[1], segment_ids, gathered_positions)
+    ring = _masks(options, query.shape[1], gathered_positions)
     kernel = kernels.load(options.implementation, options.target)
 
     def compute(step: Step, block: Block, state: AttentionState | None, *, is_last: bool = False) -> AttentionState:
-        mask = ring.mask(step, block)
+        mask = ring.mask(step, segment_ids, block.segment_ids)
         state = kernel.forward(query, block.key, block.value, state, mask, scale=options.scale, is_last=is_last)
         return AttentionState(*match_varying(tuple(state), like=query))
 
@@ -106,7 +106,7 @@ def _attend(
         state = compute(0, block, None, is_last=True)
     else:
         carry = compute_and_pass_on(0, (block, None))
-        block, state = _repeat(compute_and_pass_on, carry, first=1, last=ring.size - 1)
+        block, state = _repeat(compute_and_pass_on, carry, last=ring.size - 1, as_loop=ring.is_loop)
         state = compute(ring.size - 1, block, state, is_last=True)
     return state.output, state.lse
 
@@ -122,7 +122,7 @@ def _attend_forward(options: RingOptions, query: Array, key: Array, value: Array
 def _attend_backward(options: RingOptions, residuals: tuple, cotangents: tuple[Array, Array]):
     query, key, value, segment_ids, gathered_positions, output, lse = residuals
     d_out, d_lse = cotangents
-    ring = _Ring(options, query.shape[1], segment_ids, gathered_positions)
+    ring = _masks(options, query.shape[1], gathered_positions)
     kernel = kernels.load(options.implementation, options.target)
     # d lse / d score is the probability itself: the logsumexp's cotangent joins delta (FlashAttention-2, section 2.2).
     delta = jnp.sum(d_out.astype(jnp.float32) * output.astype(jnp.float32), axis=-1).swapaxes(1, 2) - d_lse
@@ -130,7 +130,7 @@ def _attend_backward(options: RingOptions, residuals: tuple, cotangents: tuple[A
     def compute(
         step: Step, block: Block, dq: Array, hidden_keys: Array | None = None, *, is_last: bool = False
     ) -> tuple[Array, BlockGradients]:
-        mask = ring.mask(step, block)
+        mask = ring.mask(step, segment_ids, block.segment_ids)
         mask = mask if hidden_keys is None else mask.without(hidden_keys)
         arrays = (query, block.key, block.value, d_out, lse, delta, dq)
         is_only = ring.size == 1
@@ -171,7 +171,7 @@ def _attend_backward(options: RingOptions, residuals: tuple, cotangents: tuple[A
         arriving = rotate(own_block, options.axis_name)
         dq, gradients = compute(0, own_block, dq, hidden_keys=late_keys)
         carry = lax.optimization_barrier((arriving, gradients, dq))
-        block, gradients, dq = _repeat(compute_and_pass_on, carry, first=1, last=ring.size - 1)
+        block, gradients, dq = _repeat(compute_and_pass_on, carry, last=ring.size - 1, as_loop=ring.is_loop)
         dq, (dk, dv) = compute_last(block, gradients, dq)
     return dq.astype(query.dtype), dk.astype(key.dtype), dv.astype(value.dtype), None, None
 
@@ -185,13 +185,14 @@ def _inner_half(shard_len: int) -> Bool[Array, " T"]:
     return (index >= quarter) & (index < shard_len - quarter)
 
 
-def _repeat[C](step_fn: Callable[[Step, C], C], carry: C, *, first: int, last: int) -> C:
-    """Runs the steps `first` to `last - 1`: written out one by one, or in a loop where that would compile too long.
+def _repeat[C](step_fn: Callable[[Step, C], C], carry: C, *, last: int, as_loop: bool) -> C:
+    """Runs the steps 1 to `last - 1`: written out one by one, or in a loop where that would compile too long.
 
     An iteration of the loop makes two hops, out of one pair of buffers and back into it: with one hop XLA would have to
     copy the keys and values that arrived into the loop's own buffers at every step.
     """
-    if last - first > MAX_UNROLLED_STEPS:
+    first = 1
+    if as_loop:
         pairs = (last - first) // 2
 
         def two_steps(pair: Int32[Array, ""], carry: C) -> C:
@@ -205,25 +206,50 @@ def _repeat[C](step_fn: Callable[[Step, C], C], carry: C, *, first: int, last: i
     return carry
 
 
-class _Ring:
-    """Who holds what: after `step` hops, this device holds the block of the device `step` places before it."""
+@dataclasses.dataclass(frozen=True)
+class RingMasks:
+    """The masks of a rank's steps: after `step` hops it holds the block of the rank `step` places before it."""
 
-    def __init__(self, options: RingOptions, shard_len: int, segment_ids, gathered_positions):
-        self.size = lax.axis_size(options.axis_name)
-        self._rank = lax.axis_index(options.axis_name)
-        self._options, self._shard_len = options, shard_len
-        self._segment_ids, self._gathered_positions = segment_ids, gathered_positions
+    size: int
+    rank: Step
+    # The global positions of a rank's tokens.
+    positions: Callable[[Step], Int32[Array, " T"]]
+    is_causal: bool
+    # Whether every shard holds its tokens in ascending order, as every layout deals them.
+    is_ascending: bool = True
 
-    def mask(self, step: Step, block: Block) -> BlockMask:
-        own = self._positions(self._rank)
-        # The very same array on the diagonal: there a kernel without positions (cuDNN) can mask by index, since every
-        # layout's shards hold their tokens in ascending order. Positions that a caller gives may be in any.
-        is_own_block = isinstance(step, int) and step == 0 and self._options.layout is not None
-        theirs = own if is_own_block else self._positions((self._rank - step) % self.size)
-        return BlockMask(own, theirs, self._segment_ids, block.segment_ids, self._options.is_causal)
+    @property
+    def is_loop(self) -> bool:
+        """Whether the ring is compiled as a loop, in which a step's number is known only at run time."""
+        return self.size - 2 > MAX_UNROLLED_STEPS
 
-    def _positions(self, rank: Int32[Array, ""]) -> Int32[Array, " T"]:
-        if self._options.layout is None:
-            assert self._gathered_positions is not None
-            return lax.dynamic_index_in_dim(self._gathered_positions, rank, keepdims=False)
-        return shard_positions(self._options.layout, rank, self._shard_len, self.size)
+    def mask(
+        self, step: Step, own_segment_ids: Int32[Array, "B T"] | None, segment_ids: Int32[Array, "B T"] | None
+    ) -> BlockMask:
+        """The mask of a step, from the segment ids of the rank and of the block that it holds."""
+        own = self.positions(self.rank)
+        if isinstance(step, int) and step == 0 and self.is_ascending:
+            # The very same array on the diagonal: there a kernel without positions (cuDNN) can mask by index.
+            return BlockMask(own, own, own_segment_ids, segment_ids, self.is_causal)
+        if isinstance(step, int) and not self.is_loop and self.is_causal and segment_ids is None:
+            # All steps ask for the tiles of the same positions, which XLA sees, and computes them once for the ring.
+            return BlockMask(own, self._of_all_steps, None, None, True, block=jnp.int32(step))
+        theirs = self.positions((self.rank - step) % self.size)
+        return BlockMask(own, theirs, own_segment_ids, segment_ids, self.is_causal)
+
+    @functools.cached_property
+    def _of_all_steps(self) -> Int32[Array, "steps T"]:
+        return jax.vmap(self.positions)((self.rank - jnp.arange(self.size, dtype=jnp.int32)) % self.size)
+
+
+def _masks(options: RingOptions, shard_len: int, gathered_positions: Int32[Array, "num_shards T"] | None) -> RingMasks:
+    size = lax.axis_size(options.axis_name)
+
+    def positions(rank: Step) -> Int32[Array, " T"]:
+        if options.layout is None:
+            assert gathered_positions is not None
+            return lax.dynamic_index_in_dim(gathered_positions, rank, keepdims=False)
+        return shard_positions(options.layout, rank, shard_len, size)
+
+    rank = lax.axis_index(options.axis_name)
+    return RingMasks(size, rank, positions, options.is_causal, is_ascending=options.layout is not None)

@@ -38,6 +38,8 @@ class Case:
     shuffled: bool = False
     # Keys larger and larger, so that the rows' maxima rise by more than any slack again and again.
     rising: bool = False
+    # Whether the masks hold the positions of all blocks, and say which one is meant.
+    by_index: bool = False
 
     def __str__(self) -> str:
         mask = (
@@ -45,6 +47,7 @@ class Case:
             + "-docs" * self.has_segments
             + "-shuffled" * self.shuffled
             + "-rising" * self.rising
+            + "-by-index" * self.by_index
         )
         sizes = f"B{self.batch}T{self.queries}S{self.keys}N{self.heads}K{self.kv_heads}H{self.head_dim}"
         sizes += f"x{self.num_blocks}" * (self.num_blocks != 2)
@@ -177,6 +180,10 @@ def _late_block() -> tuple[dict[str, Any], Any]:
 
 def _mask(case: Case, data: dict[str, Any], span: slice) -> BlockMask:
     k_segment_ids = data["k_segment_ids"]
+    if case.by_index:
+        k_positions = data["k_positions"].reshape(case.num_blocks, case.keys)
+        block = jnp.int32(span.start // case.keys)
+        return BlockMask(data["q_positions"], k_positions, None, None, case.is_causal, block)
     return BlockMask(
         data["q_positions"],
         data["k_positions"][span],

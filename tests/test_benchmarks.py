@@ -23,20 +23,23 @@ from tests.budget import assert_within_budget
 CPU = Target("cpu", "cpu")
 
 
-@pytest.mark.parametrize(("layout", "as_loop"), [("zigzag", False), ("striped", False), ("striped", True)])
-def test_replayed_ranks_equal_the_oracle(layout, as_loop, monkeypatch):
+@pytest.mark.parametrize(
+    ("layout", "as_loop", "segments"),
+    [("zigzag", False, "packed"), ("zigzag", False, "none"), ("striped", False, "none"), ("striped", True, "packed")],
+)
+def test_replayed_ranks_equal_the_oracle(layout, as_loop, segments, monkeypatch):
     """Written out step by step, and as the loop that more than 16 steps are."""
     if as_loop:
         monkeypatch.setattr(replay_module, "MAX_UNROLLED_STEPS", 0)
-    shards, case = 3, Case(1, 96, 4, 2, 8, dtype="float32", segments="packed")
+    shards, case = 3, Case(1, 96, 4, 2, 8, dtype="float32", segments=segments)
     inputs = make_inputs(case)
     order = np.asarray(layout_positions(layout, case.seq_len, shards))
 
     def by_shard(x: np.ndarray) -> jax.Array:
         return jnp.asarray(np.stack(np.split(x[:, order], shards, axis=1)))
 
-    assert inputs.segment_ids is not None
-    query, keys, values, d_out, ids = (by_shard(x) for x in (*inputs[:4], inputs.segment_ids))
+    query, keys, values, d_out = (by_shard(x) for x in inputs[:4])
+    ids = None if inputs.segment_ids is None else by_shard(inputs.segment_ids)
     visible = visible_pairs(*(np.arange(case.seq_len),) * 2, *(inputs.segment_ids,) * 2, is_causal=True)
     exact, baseline = (
         reference_attention(*inputs[:3], visible, d_out=inputs.d_out, low_precision=p)

@@ -54,18 +54,35 @@ def test_two_pass_backward_agrees_with_the_oracle_without_races(case, capfd):
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("backward", [mosaic_gpu.backward, mosaic_gpu.deterministic_backward])
+def test_a_block_named_among_several_is_as_if_alone(backward):
+    """The second block is seen by the later queries only, and both sides have a tail."""
+    case = Case(queries=136, keys=136, num_blocks=2, heads=1, kv_heads=1, head_dim=64)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        alone, by_index = (
+            blocks(dataclasses.replace(case, by_index=by_index))(mosaic_gpu.forward, backward, arrays(case))
+            for by_index in (False, True)
+        )
+    for name, value in alone.items():
+        np.testing.assert_array_equal(by_index[name], value, err_msg=name)
+
+
+# What the masks of the kernels that are compiled below hold.
+MASKS = ["positions", "positions of several blocks", "segment ids"]
+
+
+@pytest.mark.parametrize("mask_of", MASKS)
 @pytest.mark.parametrize("head_dim", [96, 128])
-def test_forward_compiles_for_hopper_in_place_without_spills(head_dim, segments):
-    q, k, state, mask = _shapes(head_dim, segments)
+def test_forward_compiles_for_hopper_in_place_without_spills(head_dim, mask_of):
+    q, k, state, mask = _shapes(head_dim, mask_of)
     forward = jax.jit(lambda *args: mosaic_gpu.forward(*args, scale=0.1), donate_argnums=3)
     _check_compiled(forward, (q, k, k, state, mask), jax.tree.leaves(state))
 
 
-@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("mask_of", MASKS)
 @pytest.mark.parametrize(("head_dim", "has_state"), [(128, False), (128, True), (64, False)])
-def test_last_block_compiles_without_spills_and_writes_no_float32_output(head_dim, has_state, segments):
-    q, k, state, mask = _shapes(head_dim, segments)
+def test_last_block_compiles_without_spills_and_writes_no_float32_output(head_dim, has_state, mask_of):
+    q, k, state, mask = _shapes(head_dim, mask_of)
     forward = jax.jit(lambda *args: mosaic_gpu.forward(*args, scale=0.1, is_last=True))
     _check_compiled(forward, (q, k, k, state if has_state else None, mask), [])
 
@@ -75,19 +92,20 @@ def test_last_block_compiles_without_spills_and_writes_no_float32_output(head_di
 def test_every_order_of_the_forward_grid_compiles_without_spills(is_causal, many, has_state, monkeypatch):
     """Row tiles slowest; and heads one after the other, with one head in a program where all keys are visible."""
     monkeypatch.setattr(mosaic_gpu_choices, "_MANY_PROGRAMS", many)
-    q, k, state, mask = _shapes(128, segments=False)
+    q, k, state, mask = _shapes(128)
     mask = dataclasses.replace(mask, is_causal=is_causal)
     forward = jax.jit(lambda *args: mosaic_gpu.forward(*args, scale=0.1), donate_argnums=3 if has_state else ())
     args = (q, k, k, state if has_state else None, mask)
     _check_compiled(forward, args, jax.tree.leaves(state) if has_state else [])
 
 
+@pytest.mark.parametrize("mask_of", MASKS[:2])
 @pytest.mark.parametrize(
     ("head_dim", "backward"),
     [(128, mosaic_gpu.backward), (64, mosaic_gpu.deterministic_backward), (256, mosaic_gpu.backward)],
 )
-def test_backward_compiles_for_hopper_in_place_without_spills(head_dim, backward):
-    q, k, state, mask = _shapes(head_dim, segments=False)
+def test_backward_compiles_for_hopper_in_place_without_spills(head_dim, backward, mask_of):
+    q, k, state, mask = _shapes(head_dim, mask_of)
     run = jax.jit(lambda *args: backward(*args, scale=0.1), donate_argnums=6)
     args = (q, k, k, q, state.lse, state.lse, state.output, mask)
     _check_compiled(run, args, [state.output])
@@ -98,7 +116,7 @@ def test_backward_compiles_for_hopper_in_place_without_spills(head_dim, backward
 def test_every_order_of_the_grid_compiles_without_spills(is_causal, many, is_only, monkeypatch):
     """Key tiles slowest; and heads one after the other, with programs that begin with tiles apart."""
     monkeypatch.setattr(mosaic_gpu_choices, "_MANY_PROGRAMS", many)
-    q, k, state, mask = _shapes(128, segments=False)
+    q, k, state, mask = _shapes(128)
     run = jax.jit(lambda *args: mosaic_gpu.backward(*args, scale=0.1, is_only=is_only), donate_argnums=6)
     mask = dataclasses.replace(mask, is_causal=is_causal)
     _check_compiled(run, (q, k, k, q, state.lse, state.lse, state.output, mask), [state.output])
@@ -126,7 +144,7 @@ def test_forward_with_heads_one_after_the_other_agrees_with_the_oracle(is_causal
     assert _races(capfd.readouterr().out) == []
 
 
-def _shapes(head_dim: int, segments: bool) -> Any:
+def _shapes(head_dim: int, mask_of: str = MASKS[0]) -> Any:
     """A causal GQA block of 4096 tokens on an H100 that is not there."""
     sharding = jax.sharding.SingleDeviceSharding(compile_only_devices("h100")[0])
 
@@ -135,7 +153,10 @@ def _shapes(head_dim: int, segments: bool) -> Any:
 
     q, k = (array((1, 4096, heads, head_dim), jnp.bfloat16) for heads in (8, 2))
     state = AttentionState(array(q.shape, jnp.float32), array((1, 8, 4096), jnp.float32))
-    positions, ids = array((4096,), jnp.int32), array((1, 4096), jnp.int32) if segments else None
+    positions, ids = array((4096,), jnp.int32), array((1, 4096), jnp.int32) if mask_of == "segment ids" else None
+    if mask_of == "positions of several blocks":
+        of_several = array((8, 4096), jnp.int32)
+        return q, k, state, BlockMask(positions, of_several, None, None, is_causal=True, block=array((), jnp.int32))
     return q, k, state, BlockMask(positions, positions, ids, ids, is_causal=True)
 
 

@@ -121,7 +121,7 @@ def test_times_add_up_and_name_their_sources(small):
 
 
 def test_an_unbalanced_layout_takes_nearly_twice_as_long():
-    schedule = Schedule(hops=(), num_kernels=0, moves=(), additions=(), block_bytes=1)
+    schedule = Schedule(hops=(), num_kernels=0, moves=(), additions=(), others=(), block_bytes=1)
     kernels = {
         layout: predict(_workload(layout=layout), CLUSTER, "triton", schedule, 0).parts["attention kernels"]
         for layout in ("zigzag", "striped", "contiguous")

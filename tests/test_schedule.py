@@ -1,5 +1,6 @@
 """The ring as XLA schedules it for eight GPUs that are not there: every hop hidden, nothing copied, memory bounded."""
 
+import dataclasses
 import math
 
 import jax
@@ -32,6 +33,22 @@ def test_every_hop_is_hidden_and_nothing_is_copied(gpu, implementation, segments
     assert [set(move.opcodes) for move in gradient.schedule.moves] in ([], [{"convert"}])
 
 
+@pytest.mark.parametrize(("is_causal", "sizes"), [(True, (4, 8)), (False, (3, 4))])
+def test_positions_and_tiles_are_computed_once_for_all_steps(is_causal, sizes):
+    """What a step launches is its block kernel, and backward the additions of dK and dV; the own block takes two."""
+    case = RingCase(tokens_per_gpu=2048, is_causal=is_causal, implementation="mosaic_gpu")
+    others = []
+    for size in sizes:
+        forward, gradient = (ring.schedule for ring in compile_ring(dataclasses.replace(case, mesh=f"seq={size}")))
+        assert forward.num_kernels == size
+        assert gradient.num_kernels == size + size + 1
+        additions = [m for m in gradient.others if "add" in m.opcodes and m.num_bytes >= gradient.block_bytes]
+        assert len(additions) == 2 * size
+        others.append((forward.num_others, gradient.num_others - len(additions)))
+    assert others[0] == others[1]
+    assert min(others[0]) > 0
+
+
 def test_large_rings_compile_to_a_loop_with_the_same_guarantees():
     forward, gradient = compile_ring(RingCase(mesh="seq=32"))
     for ring in (forward, gradient):
@@ -62,6 +79,8 @@ def test_the_reader_sees_exposed_hops_and_copies():
     assert text is not None
     schedule = read_schedule(text, block_bytes=math.prod((512, 512)) * 4)
     assert schedule.num_permutes == schedule.num_exposed == 2
+    assert schedule.num_others > 0
+    assert schedule.num_kernels == 0
     assert schedule.bytes_sent == 2 * 512 * 512 * 4
 
 

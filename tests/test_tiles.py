@@ -1,5 +1,6 @@
 """Tile ranges against the dense mask: nothing visible is left out, nothing hidden is called full."""
 
+import dataclasses
 import functools
 
 import jax
@@ -92,6 +93,18 @@ def test_ranges_are_sound_for_every_pair_of_shards(layout: str, q_tile: int, k_t
     for rank, owner in np.ndindex(shards, shards):
         own, theirs = (shard_positions(layout, int(r), shard_len, shards) for r in (rank, owner))
         _check_sound(BlockMask(own, theirs, None, None, True), False, q_tile, k_tile)
+
+
+def test_ranges_of_several_blocks_are_those_of_each_alone():
+    own, *theirs = (shard_positions("striped", rank, 22, 4) for rank in range(4))
+    several = BlockMask(own, jnp.stack(theirs), None, None, True, block=jnp.int32(0))
+    for ranges_of in (key_ranges, query_ranges):
+        of_several = ranges_of(several, 4, 8)
+        for block in range(3):
+            mask = dataclasses.replace(several, block=jnp.int32(block)).alone()
+            np.testing.assert_array_equal(mask.k_positions, theirs[block])
+            for found, expected in zip(of_several, ranges_of(mask, 4, 8), strict=True):
+                np.testing.assert_array_equal(found[block], expected[0])
 
 
 def test_causal_ranges_are_exact():

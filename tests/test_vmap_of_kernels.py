@@ -93,6 +93,37 @@ def test_vmap_of_vmap():
         _assert_as_if_alone({name: x[i] for name, x in found.items()}, one)
 
 
+@pytest.mark.parametrize("mapped", [(), ("k_positions",), ("block",), ("k_positions", "block")], ids=str)
+def test_masks_of_several_blocks_are_mapped(mapped):
+    """Queries are mapped too; a kernel is given the mask with all blocks unless it is computed in a loop."""
+    entries, seen = _entries(), []
+
+    class Spy:
+        def forward(self, query, key, value, state, mask, **options):
+            seen.append(mask.block is not None)
+            return xla.forward(query, key, value, state, mask.alone(), **options)
+
+        def backward(self, *args, **options):
+            raise AssertionError("not called")
+
+    positions = np.stack([np.roll(entries["k_positions"], shift, axis=0) for shift in range(SIZE)])
+    blocks = {"k_positions": positions, "block": np.arange(SIZE, dtype=np.int32)}
+
+    def attend(kernel, query, k_positions, block):
+        key, value, q_positions = (entries[name][0] for name in ("key", "value", "q_positions"))
+        mask = BlockMask(q_positions, k_positions, None, None, is_causal=True, block=block)
+        return kernel.forward(query, key, value, None, mask, scale=0.3)
+
+    given = [blocks[name] if name in mapped else blocks[name][1] for name in blocks]
+    axes = [0 if name in mapped else None for name in blocks]
+    found = jax.jit(jax.vmap(functools.partial(attend, Mappable(Spy())), (0, *axes)))(entries["query"], *given)
+    assert seen[-1] == (not mapped)
+    for i in range(SIZE):
+        of_one = [blocks[name][i if name in mapped else 1] for name in blocks]
+        for x, want in zip(found, attend(Spy(), entries["query"][i], *of_one), strict=True):
+            np.testing.assert_allclose(x[i], want, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("wrapped", [Mappable, TracedOnce, lambda kernel: TracedOnce(Mappable(kernel))])
 def test_a_kernel_still_sees_that_both_sides_are_the_same_tokens(wrapped):
     class Spy:

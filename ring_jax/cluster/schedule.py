@@ -25,7 +25,8 @@ _COPYING = (
     "dynamic-update-slice",
     "pad",
 )
-_FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "reshape")
+_FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "reshape", "partition-id", "replica-id")
+_COLLECTIVES = ("collective-", "all-", "reduce-scatter", "ragged-all-to-all", "async-")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Hop:
 
 @dataclasses.dataclass(frozen=True)
 class Move:
-    """An instruction or fusion that reads and writes a large array, with the opcodes that do it."""
+    """An instruction or fusion that reads and writes an array, with the opcodes that do it and the array's bytes."""
 
     name: str
     opcodes: frozenset[str]
@@ -74,17 +75,25 @@ class Move:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """What a compiled ring does. `times` of its parts counts the iterations of the loop that they stand in."""
+    """What a compiled ring does. `times` of its parts counts the iterations of the loop that they stand in.
+
+    `others` is all that is launched but block kernels and collectives, moves and additions among it.
+    """
 
     hops: tuple[Hop, ...]
     num_kernels: int
     moves: tuple[Move, ...]
     additions: tuple[Move, ...]
+    others: tuple[Move, ...]
     block_bytes: int
 
     @property
     def num_permutes(self) -> int:
         return sum(hop.times for hop in self.hops)
+
+    @property
+    def num_others(self) -> int:
+        return sum(move.times for move in self.others)
 
     @property
     def num_exposed(self) -> int:
@@ -110,10 +119,11 @@ def read_schedule(hlo: str, *, block_bytes: int) -> Schedule:
             its moves; those that also add (dK and dV, on arrival) are listed apart.
     """
     program = _parse(hlo)
-    hops, moves, additions, num_kernels = [], [], [], 0
+    hops, moves, additions, others, num_kernels = [], [], [], [], 0
     for computation, times in _reachable(program):
         body = program[computation]
         num_kernels += times * sum(_is_kernel(i, program) for i in body)
+        others += [_move(i, program, times) for i in body if _is_other_launch(i, program)]
         permutes = [n for n, i in enumerate(body) if i.opcode.startswith("collective-permute")]
         if not permutes:
             continue
@@ -121,13 +131,12 @@ def read_schedule(hlo: str, *, block_bytes: int) -> Schedule:
         for instruction in _inside_rings(body, permutes, program):
             if instruction.largest_result < block_bytes or _is_kernel(instruction, program):
                 continue
-            opcodes = _opcodes(instruction, program)
-            move = Move(instruction.name, frozenset(opcodes), instruction.largest_result, times)
-            if "add" in opcodes:
+            move = _move(instruction, program, times)
+            if "add" in move.opcodes:
                 additions.append(move)
-            elif opcodes & {*_COPYING} and not opcodes & {"while", "call"}:
+            elif move.opcodes & {*_COPYING} and not move.opcodes & {"while", "call"}:
                 moves.append(move)
-    return Schedule(tuple(hops), num_kernels, tuple(moves), tuple(additions), block_bytes)
+    return Schedule(tuple(hops), num_kernels, tuple(moves), tuple(additions), tuple(others), block_bytes)
 
 
 def _inside_rings(
@@ -168,6 +177,17 @@ def _is_kernel(instruction: Instruction, program: dict[str, list[Instruction]]) 
             i.opcode.startswith("collective") for name in _below(instruction, program) for i in program[name]
         )
     return False
+
+
+def _is_other_launch(instruction: Instruction, program: dict[str, list[Instruction]]) -> bool:
+    """Whether this is work of its own but neither a block kernel, a collective nor a ring's loop, whose body counts."""
+    if instruction.opcode in (*_FREE, "while") or instruction.opcode.startswith(_COLLECTIVES):
+        return False
+    return not _is_kernel(instruction, program)
+
+
+def _move(instruction: Instruction, program: dict[str, list[Instruction]], times: int) -> Move:
+    return Move(instruction.name, frozenset(_opcodes(instruction, program)), instruction.largest_result, times)
 
 
 def _opcodes(instruction: Instruction, program: dict[str, list[Instruction]]) -> set[str]:
