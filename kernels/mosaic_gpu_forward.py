@@ -141,7 +141,11 @@ class _Program:
 
     def rows(self, warpgroup: jax.Array | int) -> pl.Slice:
         """The queries that a compute warpgroup holds."""
-        return pl.ds(self.row_tile * self.block.config.q_tile + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+        config, row_tile = self.block.config, self.row_tile
+        if config.compute_warpgroups > 2:
+            # As for `head`: three warpgroups have fewer registers each.
+            row_tile += hidden_zero()
+        return pl.ds(row_tile * config.q_tile + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
     def head(self, turn: jax.Array) -> jax.Array:
         """A query head of this program. Computed where it is needed: kept through a loop it would cost a register."""

@@ -72,7 +72,7 @@ MASKS = ["positions", "positions of several blocks", "segment ids"]
 
 
 @pytest.mark.parametrize("mask_of", MASKS)
-@pytest.mark.parametrize("head_dim", [96, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
 def test_forward_compiles_for_hopper_in_place_without_spills(head_dim, mask_of):
     q, k, state, mask = _shapes(head_dim, mask_of)
     forward = jax.jit(lambda *args: mosaic_gpu.forward(*args, scale=0.1), donate_argnums=3)
