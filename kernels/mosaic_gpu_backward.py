@@ -372,7 +372,8 @@ class _Worker:
         program = self.program
         buffer = program.scratch.d_query.at[self.warpgroup]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        store_swapped(product, buffer)
+        # Tiles of 128 queries leave no registers for the addresses.
+        store_swapped(product, buffer, keeps_addresses=program.block.config.q_tile == WARPGROUP_ROWS)
         plgpu.commit_smem()
         where = (program.batch, program.kv_head * program.block.group + carry.last_head, self.columns)
         first_row = carry.last_tile * program.block.config.q_tile + self.first_row

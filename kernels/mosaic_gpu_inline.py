@@ -99,8 +99,10 @@ def scale_rows_below_one(
     return scale(matrix, factors)
 
 
-def store_swapped(values: Float32[Array, "64 64"], buffer: Ref) -> None:
+def store_swapped(values: Float32[Array, "64 64"], buffer: Ref, *, keeps_addresses: bool) -> None:
     """Stores a matrix from registers into shared memory as `swap_columns` of its odd rows.
+
+    In a loop it keeps the addresses in registers, or computes them each time.
 
     Every other row must be moved, or threads meet at shared memory's banks; to move it in registers takes a select for
     each number. Global memory can be read in any order, once, when all has been added up there.
@@ -120,7 +122,12 @@ def store_swapped(values: Float32[Array, "64 64"], buffer: Ref) -> None:
             return arith.constant(i32, x)
 
         # A thread holds numbers of the rows `row` and `row + 8` of its warp's 16, two columns of every eight.
-        thread = arith.remui(mgpu_utils.thread_idx(), c(128))
+        if keeps_addresses:
+            thread = mgpu_utils.thread_idx()
+        else:
+            # What comes of it cannot be taken out of a loop.
+            thread = llvm.inline_asm(i32, [], "mov.u32 $0, %tid.x;", "=r", has_side_effects=True)
+        thread = arith.remui(thread, c(128))
         warp, lane = arith.divui(thread, c(32)), arith.remui(thread, c(32))
         row, quad = arith.divui(lane, c(4)), arith.remui(lane, c(4))
         # Tiles of 8 rows of 128 bytes, in which 16 bytes are a chunk; its place is swizzled by the row.

@@ -7,9 +7,9 @@ import pytest
 from benchmarks import registers
 from benchmarks.registers import SHARED_MEMORY, Options, main
 
-# Bytes a thread may spill (stores and loads together): the fused kernel at head dim 64 spills 192 with documents, and
+# Bytes a thread may spill (stores and loads together): the fused kernel at head dim 64 spills 124 with documents, and
 # is faster than cuDNN's all the same.
-MOST_SPILLS = 200
+MOST_SPILLS = 136
 
 
 def test_every_mosaic_kernel_is_in_the_table(capsys):
