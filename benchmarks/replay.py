@@ -93,20 +93,21 @@ def replay_backward(
     share is in the key's dtype.
     """
     delta = jnp.sum(d_out.astype(jnp.float32) * output.astype(jnp.float32), axis=-1).swapaxes(1, 2)
+    scale = query.shape[3] ** -0.5
 
-    def differentiate(dq: Array, owner: Step, is_last: bool = False) -> tuple[Array, tuple[Array, Array]]:
+    def differentiate(dq: Array, owner: Step) -> tuple[Array, tuple[Array, Array]]:
         mask = replay.mask(owner, query.shape[1], segment_ids)
         arrays = (query, keys[owner], values[owner], d_out, lse, delta, dq)
-        options = dict(scale=query.shape[3] ** -0.5, is_only=replay.num_shards == 1, is_last=is_last)
-        dq, *share = kernel.backward(*arrays, mask, **options)
+        dq, *share = kernel.backward(*arrays, mask, scale=scale, is_only=replay.num_shards == 1)
         if arriving is not None:
             share = jax.tree.map(jnp.add, list(arriving), share)
         return lax.optimization_barrier((dq, tuple(share)))
 
-    *others, last = replay.owners
-    dq, shares = _for_each(differentiate, jnp.zeros(query.shape, jnp.float32), others)
-    dq, share = differentiate(dq, last, is_last=True)
-    by_owner = dict(zip(replay.owners, [*shares, share], strict=True))
+    first, *others = replay.owners
+    dq, share = differentiate(jnp.zeros(query.shape, jnp.float32), first)
+    dq, shares = _for_each(differentiate, dq, others)
+    by_owner = dict(zip(replay.owners, [share, *shares], strict=True))
+    dq = kernel.finished_d_query(dq, scale=scale)
     return dq.astype(query.dtype), [by_owner[owner] for owner in range(replay.num_shards)]
 
 

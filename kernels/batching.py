@@ -31,6 +31,9 @@ class Mappable:
     def backward(self, *args: Any, **options: Any) -> Gradients:
         return _call(lambda *a: self.kernel.backward(*a, **options), *args)
 
+    def finished_d_query(self, dq: Array, *, scale: float) -> Array:
+        return self.kernel.finished_d_query(dq, scale=scale)
+
 
 def _call(function: Any, *args: Any) -> Any:
     """`function(*args)`, whose last argument is the mask."""

@@ -124,14 +124,22 @@ class BlockKernel(Protocol):
         *,
         scale: float,
         is_only: bool = False,
-        is_last: bool = False,
     ) -> Gradients:
         """This block's gradients from the final `lse` of the whole ring and `delta = rowsum(d_out * output) - d_lse`.
 
-        The share of `dq` is added to the given `dq`, in place where the implementation can. It begins as zeros, and is
-        the gradient after the last block (`is_last`): until then its numbers may lie in an order and have a scale that
-        only the implementation knows. If the block is the only one (`is_only`, and then it is the last too), nothing
-        will be added to `dk` and `dv`, and they come in the key's dtype: an implementation then need not write the
-        float32 ones.
+        The share of `dq` is added to the given `dq`, in place where the implementation can. That begins as zeros, and
+        its numbers may lie in an order and have a scale that only the implementation knows: `finished_d_query` makes
+        the gradient of it. If the block is the only one (`is_only`), nothing will be added to `dk` and `dv`, and they
+        come in the key's dtype: an implementation then need not write the float32 ones.
         """
         ...
+
+    def finished_d_query(self, dq: Float32[Array, "B T N H"], *, scale: float) -> Float32[Array, "B T N H"]:
+        """The gradient of the queries, from the `dq` that `backward` has added the shares of all blocks to."""
+        ...
+
+
+def unchanged_d_query(dq: Float32[Array, "B T N H"], *, scale: float) -> Float32[Array, "B T N H"]:
+    """`BlockKernel.finished_d_query` of implementations whose `backward` adds to the gradient itself."""
+    del scale
+    return dq

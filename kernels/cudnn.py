@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from .contract import AttentionState, BlockMask, Gradients
+from .contract import AttentionState, BlockMask, Gradients, unchanged_d_query
+
+finished_d_query = unchanged_d_query
 
 _OLDEST_COMPUTE_CAPABILITY = 80
 _DTYPES = ("bfloat16", "float16")
@@ -74,10 +76,8 @@ def backward(
     *,
     scale: float,
     is_only: bool = False,
-    is_last: bool = False,
 ) -> Gradients:
     """This block's gradients from the ring's final `lse`. See `contract.BlockKernel`; raises like `forward`."""
-    del is_last
     d_out, output = _stand_in_output(d_out, delta)
     block_dq, dk, dv = _call_backward(query, key, value, lse, output, d_out, _mask_name(mask), scale)
     if not is_only:

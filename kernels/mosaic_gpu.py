@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from .contract import AttentionState, BlockMask, Gradients
-from .mosaic_gpu_backward import differentiate, finished_d_query
+from .mosaic_gpu_backward import differentiate, in_order
 from .mosaic_gpu_choices import default_backward_config, default_forward_config
 from .mosaic_gpu_forward import attend
 from .mosaic_gpu_two_pass import differentiate_keys, differentiate_queries
@@ -88,7 +88,6 @@ def backward(
     *,
     scale: float,
     is_only: bool = False,
-    is_last: bool = False,
 ) -> Gradients:
     """This block's gradients; its share of `dq` is added in place. See `contract.BlockKernel`.
 
@@ -100,15 +99,25 @@ def backward(
         return deterministic_backward(query, key, value, d_out, lse, delta, dq, mask, scale=scale, is_only=is_only)
     _refuse(query, scale)
     columns = 64 if query.shape[3] <= 64 else 128
-    # The kernel's own order of columns would not survive that padding is cut off.
-    is_ordered = query.shape[3] != columns
     inputs, sums = _pad_all(query, key, value, d_out, lse, delta, dq, columns=columns)
-    sums = jnp.zeros_like(sums) if is_ordered else sums
+    # The kernel's own order of columns would not survive that padding is cut off: there it begins anew.
+    has_own_order = _has_own_order(query.shape[3])
+    sums = sums if has_own_order else jnp.zeros_like(sums)
     result = differentiate(*inputs, sums, mask, scale=scale, is_only=is_only, config=default_backward_config(columns))
-    if is_ordered or is_last:
-        result = result._replace(dq=finished_d_query(result.dq, scale))
-    result = _crop(result, query, key)
-    return result._replace(dq=dq + result.dq) if is_ordered else result
+    if has_own_order:
+        return _crop(result, query, key)
+    result = _crop(result._replace(dq=in_order(result.dq, scale)), query, key)
+    return result._replace(dq=dq + result.dq)
+
+
+def finished_d_query(dq: Float32[Array, "B T N H"], *, scale: float) -> Float32[Array, "B T N H"]:
+    """What `backward` has added up, in order and scaled. See `contract.BlockKernel`."""
+    return in_order(dq, scale) if _has_own_order(dq.shape[3]) else dq
+
+
+def _has_own_order(head_dim: int) -> bool:
+    """Whether `backward` leaves `dq` as its kernel does between blocks: the fused one, without padded columns."""
+    return head_dim in (64, MAX_FUSED_HEAD_DIM)
 
 
 def deterministic_backward(
@@ -123,10 +132,8 @@ def deterministic_backward(
     *,
     scale: float,
     is_only: bool = False,
-    is_last: bool = False,
 ) -> Gradients:
     """Like `backward`, adding in a fixed order: two runs give identical bits. Two kernels, eight products, not five."""
-    del is_last
     _refuse(query, scale)
     inputs, dq = _pad_all(query, key, value, d_out, lse, delta, dq, columns=_round_up(query.shape[3], 32))
     dk, dv = differentiate_keys(*inputs, mask, scale=scale)

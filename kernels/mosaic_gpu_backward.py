@@ -406,7 +406,7 @@ def differentiate(
 ) -> Gradients:
     """This block's gradients, its share of `dq` added in place in no fixed order. T and S are multiples of 8.
 
-    Sums are added to `dq` as they lie in registers: `finished_d_query` makes the gradient of them.
+    Sums are added to `dq` as they lie in registers: `in_order` makes the gradient of them.
     """
     batch, num_queries, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[2]
@@ -454,7 +454,7 @@ def differentiate(
     return Gradients(*pl.run_state(run)((dq, empty, empty)))
 
 
-def finished_d_query(dq: Float32[Array, "B T N H"], scale: float) -> Float32[Array, "B T N H"]:
+def in_order(dq: Float32[Array, "B T N H"], scale: float) -> Float32[Array, "B T N H"]:
     """The gradient of the queries, from what the kernels of all blocks have added up: put in order, and scaled."""
     is_odd = jnp.arange(dq.shape[1]) % 2 == 1
     return swap_columns(dq, is_odd[:, None, None]) * scale

@@ -27,14 +27,13 @@ class Softmax(NamedTuple):
         return cls(full((rows,), -jnp.inf, ROWS), full((rows,), 0, ROWS))
 
     def update(
-        self, products: jax.Array, mask: jax.Array | None, exponent_scale: float
+        self, products: jax.Array, mask: jax.Array, exponent_scale: float
     ) -> tuple["Softmax", jax.Array, jax.Array]:
         """The state after one key tile, what earlier sums decay by, and the tile's weights."""
-        if mask is not None:
-            products = jnp.where(mask, products, -jnp.inf)
+        products = jnp.where(mask, products, -jnp.inf)
         maximum = jnp.maximum(self.maximum, products.max(axis=1) * exponent_scale)
         # A row without any visible key so far has the maximum -inf: subtract zero there instead.
-        base = jnp.where(maximum == -jnp.inf, 0.0, maximum) if mask is not None else maximum
+        base = jnp.where(maximum == -jnp.inf, 0.0, maximum)
         decay = jnp.exp2(self.maximum - base)
         weights = jnp.exp2(products * exponent_scale - across_columns(base, products.shape))
         return Softmax(maximum, self.total * decay + weights.sum(axis=1)), decay, weights

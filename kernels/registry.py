@@ -156,6 +156,9 @@ class _TritonFor:
         with triton_target(self.compute_capability):
             return self.kernel.backward(*args, **options)
 
+    def finished_d_query(self, dq: jax.Array, *, scale: float) -> jax.Array:
+        return self.kernel.finished_d_query(dq, scale=scale)
+
 
 @functools.cache
 def _default(need: Need) -> str:

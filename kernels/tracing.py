@@ -30,6 +30,9 @@ class TracedOnce:
     def backward(self, *args: Any, **options: Any) -> Gradients:
         return _shared(self.kernel, "backward", *options.items())(*args[:-1], self._mask(args[-1]))
 
+    def finished_d_query(self, dq: jax.Array, *, scale: float) -> jax.Array:
+        return self.kernel.finished_d_query(dq, scale=scale)
+
     def _mask(self, mask: BlockMask) -> BlockMask:
         return diagonal_as_none(mask if self.can_index_blocks else mask.alone())
 

@@ -19,9 +19,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Float32
 
-from .contract import AttentionState, BlockMask, Gradients
+from .contract import AttentionState, BlockMask, Gradients, unchanged_d_query
 from .tiles import TileRanges, key_ranges, query_ranges
 from .triton_tiles import MAX_PADDED_HEAD_DIM, Tile, Tiles, choose_tiles, padded_head_dim, use_copy_engine
+
+finished_d_query = unchanged_d_query
 
 OLDEST_COMPUTE_CAPABILITY = 80
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -121,14 +123,12 @@ def backward(
     *,
     scale: float,
     is_only: bool = False,
-    is_last: bool = False,
 ) -> Gradients:
     """This block's gradients; its share of `dq` is added in place. See `contract.BlockKernel`.
 
     Two kernels, one per query tile and one per key tile, without atomics: two runs give identical bits. Raises
     NotImplementedError like `forward`.
     """
-    del is_last
     from . import triton_kernels
 
     block = _Block.of(query, key, value, mask, scale)

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from .contract import AttentionState, BlockMask, Gradients
+from .contract import AttentionState, BlockMask, Gradients, unchanged_d_query
 from .tiles import TileRanges, TileSummary, key_ranges_between, query_ranges_between, summarize_tiles
 from .varying import match_varying
+
+finished_d_query = unchanged_d_query
 
 _MAX_TILE_SIDE = 512
 _FAST_TILE_SIDE = 64
@@ -125,10 +127,8 @@ def backward(
     *,
     scale: float,
     is_only: bool = False,
-    is_last: bool = False,
 ) -> Gradients:
     """See `contract.BlockKernel.backward`. One pass, five products a tile; dK and dV of a tile are summed in place."""
-    del is_last
     num_queries, (_, num_keys, num_kv_heads, _) = query.shape[1], key.shape
     block = _block(query, key, value, mask)
     q_tiles, k_tiles = _summaries(block)

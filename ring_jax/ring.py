@@ -127,14 +127,11 @@ def _attend_backward(options: RingOptions, residuals: tuple, cotangents: tuple[A
     # d lse / d score is the probability itself: the logsumexp's cotangent joins delta (FlashAttention-2, section 2.2).
     delta = jnp.sum(d_out.astype(jnp.float32) * output.astype(jnp.float32), axis=-1).swapaxes(1, 2) - d_lse
 
-    def compute(
-        step: Step, block: Block, dq: Array, hidden_keys: Array | None = None, *, is_last: bool = False
-    ) -> tuple[Array, BlockGradients]:
+    def compute(step: Step, block: Block, dq: Array, hidden_keys: Array | None = None) -> tuple[Array, BlockGradients]:
         mask = ring.mask(step, segment_ids, block.segment_ids)
         mask = mask if hidden_keys is None else mask.without(hidden_keys)
         arrays = (query, block.key, block.value, d_out, lse, delta, dq)
-        is_only = ring.size == 1
-        dq, dk, dv = kernel.backward(*arrays, mask, scale=options.scale, is_only=is_only, is_last=is_last)
+        dq, dk, dv = kernel.backward(*arrays, mask, scale=options.scale, is_only=ring.size == 1)
         return dq, BlockGradients(*match_varying((dk, dv), like=query))
 
     def compute_and_pass_on(step: Step, carry: Carry) -> Carry:
@@ -147,15 +144,16 @@ def _attend_backward(options: RingOptions, residuals: tuple, cotangents: tuple[A
 
     def compute_last(block: Block, gradients: BlockGradients, dq: Array) -> tuple[Array, BlockGradients]:
         arriving_gradients = rotate(gradients, options.axis_name)
-        dq, share = compute(ring.size - 1, block, dq, is_last=late_keys is None)
+        dq, share = compute(ring.size - 1, block, dq)
         dk, dv = jax.tree.map(jnp.add, arriving_gradients, share)
         if late_keys is None:
             # The sums are complete: rounded now, they make the hop home to their owner in half the bytes.
             return dq, rotate(BlockGradients(dk.astype(key.dtype), dv.astype(value.dtype)), options.axis_name)
         (dk, dv), dq = lax.optimization_barrier(((dk, dv), dq))
         home = rotate(BlockGradients(dk, dv), options.axis_name)
-        dq, share = compute(0, own_block, dq, hidden_keys=~late_keys, is_last=True)
-        return dq, BlockGradients(*jax.tree.map(jnp.add, home, share))
+        dq, share = compute(0, own_block, dq, hidden_keys=~late_keys)
+        # What is left to do with dQ comes after the hop, under which there is a kernel.
+        return lax.optimization_barrier((dq, BlockGradients(*jax.tree.map(jnp.add, home, share))))
 
     # The ring begins when delta is there. Otherwise XLA makes dQ's zeros at the program's start, and keeps what the
     # forward ring's first hop brought because this one's first hop will bring the same.
@@ -166,13 +164,14 @@ def _attend_backward(options: RingOptions, residuals: tuple, cotangents: tuple[A
     is_fused = kernels.has_fused_backward(options.implementation, query.shape[3])
     late_keys = _inner_half(key.shape[1]) if is_fused else None
     if ring.size == 1:
-        dq, (dk, dv) = compute(0, own_block, dq, is_last=True)
+        dq, (dk, dv) = compute(0, own_block, dq)
     else:
         arriving = rotate(own_block, options.axis_name)
         dq, gradients = compute(0, own_block, dq, hidden_keys=late_keys)
         carry = lax.optimization_barrier((arriving, gradients, dq))
         block, gradients, dq = _repeat(compute_and_pass_on, carry, last=ring.size - 1, as_loop=ring.is_loop)
         dq, (dk, dv) = compute_last(block, gradients, dq)
+    dq = kernel.finished_d_query(dq, scale=options.scale)
     return dq.astype(query.dtype), dk.astype(key.dtype), dv.astype(value.dtype), None, None
 
 

@@ -93,14 +93,16 @@ def arrays(case: Case) -> dict[str, Any]:
 
 
 def blocks(case: Case) -> Callable[..., dict[str, Any]]:
-    """The case as a function of its arrays, to be given an implementation's `forward` and `backward`."""
+    """The case as a function of its arrays, to be given an implementation's block kernel."""
 
-    def run(forward: Any, backward: Any, data: dict[str, Any]) -> dict[str, Any]:
+    def run(kernel: Any, data: dict[str, Any]) -> dict[str, Any]:
         state: Any = None
         spans = [slice(i * case.keys, (i + 1) * case.keys) for i in range(case.num_blocks)]
         for span in spans:
             k, v, is_last = data["key"][:, span], data["value"][:, span], span == spans[-1]
-            state = forward(data["query"], k, v, state, _mask(case, data, span), scale=case.scale, is_last=is_last)
+            state = kernel.forward(
+                data["query"], k, v, state, _mask(case, data, span), scale=case.scale, is_last=is_last
+            )
         d_out = data["d_out"].astype(jnp.float32)
         output = state.output.astype(jnp.float32)
         delta = jnp.einsum("btnh,btnh->bnt", d_out, output, precision="highest") - data["d_lse"]
@@ -109,9 +111,10 @@ def blocks(case: Case) -> Callable[..., dict[str, Any]]:
         for span in spans:
             k, v = data["key"][:, span], data["value"][:, span]
             args = data["query"], k, v, data["d_out"], state.lse, delta, dq, _mask(case, data, span)
-            dq, dk, dv = backward(*args, scale=case.scale, is_only=len(spans) == 1, is_last=span == spans[-1])
+            dq, dk, dv = kernel.backward(*args, scale=case.scale, is_only=len(spans) == 1)
             assert dk.dtype == dv.dtype == (k.dtype if len(spans) == 1 else jnp.float32)
             grads.append((dk, dv))
+        dq = kernel.finished_d_query(dq, scale=case.scale)
         dk, dv = (jnp.concatenate(parts, axis=1) for parts in zip(*grads, strict=True))
         return {"output": state.output, "lse": state.lse, "dq": dq, "dk": dk, "dv": dv}
 
@@ -167,7 +170,7 @@ def late_block_gradient_error(backward: Any) -> float:
     exact += [np.einsum("bnts,btnh->bsnh", x, y) for x, y in ((d_scores, q), (weights, d_out))]
     given = (data[name] for name in ("query", "key", "value", "d_out"))
     mask, dq = _mask(_LATE, data, slice(None)), jnp.zeros(data["query"].shape)
-    found = backward(*given, lse.astype(np.float32), delta, dq, mask, scale=_LATE.scale, is_last=True)
+    found = backward(*given, lse.astype(np.float32), delta, dq, mask, scale=_LATE.scale)
     return max(error(np.asarray(x), y) for x, y in zip(found, exact, strict=True))
 
 

@@ -55,7 +55,7 @@ def _wide(x, repeats=1):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_merged_blocks_agree_with_the_oracle(dense_cudnn, dtype):
     case = Case(dtype, batch=2, queries=48, keys=40, heads=4, kv_heads=2, head_dim=32, is_causal=False)
-    found = blocks(case)(cudnn.forward, cudnn.backward, arrays(case))
+    found = blocks(case)(cudnn, arrays(case))
     assert failures(case, jax.tree.map(np.asarray, found)) == []
 
 
@@ -63,7 +63,7 @@ def test_rows_without_a_cotangent_still_pass_on_that_of_the_logsumexp(dense_cudn
     case = Case(queries=16, keys=24, is_causal=False)
     data = arrays(case)
     data["d_out"] = np.zeros_like(data["d_out"])
-    found = blocks(case)(cudnn.forward, cudnn.backward, data)
+    found = blocks(case)(cudnn, data)
     visible = visible_pairs(data["q_positions"], data["k_positions"])
     want = reference_attention(
         data["query"], data["key"], data["value"], visible, d_lse=data["d_lse"], scale=case.scale

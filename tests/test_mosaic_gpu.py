@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.registers import compile_mosaic
 from ring_jax.cluster import compile_only_devices
-from ring_jax.kernels import mosaic_gpu, mosaic_gpu_choices
+from ring_jax.kernels import mosaic_gpu, mosaic_gpu_choices, mosaic_gpu_deterministic
 from ring_jax.kernels.contract import AttentionState, BlockMask
 from tests.block_cases import Case, arrays, blocks, failures
 
@@ -33,7 +33,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_interpreter_agrees_with_the_oracle_without_races(case, capfd):
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        found = blocks(case)(mosaic_gpu.forward, mosaic_gpu.backward, arrays(case))
+        found = blocks(case)(mosaic_gpu, arrays(case))
     assert failures(case, {name: np.asarray(value) for name, value in found.items()}) == []
     assert _races(capfd.readouterr().out) == []
 
@@ -49,19 +49,18 @@ def test_interpreter_agrees_with_the_oracle_without_races(case, capfd):
 )
 def test_two_pass_backward_agrees_with_the_oracle_without_races(case, capfd):
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        found = blocks(case)(mosaic_gpu.forward, mosaic_gpu.deterministic_backward, arrays(case))
+        found = blocks(case)(mosaic_gpu_deterministic, arrays(case))
     assert failures(case, {name: np.asarray(value) for name, value in found.items()}) == []
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("backward", [mosaic_gpu.backward, mosaic_gpu.deterministic_backward])
-def test_a_block_named_among_several_is_as_if_alone(backward):
+@pytest.mark.parametrize("kernel", [mosaic_gpu, mosaic_gpu_deterministic])
+def test_a_block_named_among_several_is_as_if_alone(kernel):
     """The second block is seen by the later queries only, and both sides have a tail."""
     case = Case(queries=136, keys=136, num_blocks=2, heads=1, kv_heads=1, head_dim=64)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         alone, by_index = (
-            blocks(dataclasses.replace(case, by_index=by_index))(mosaic_gpu.forward, backward, arrays(case))
-            for by_index in (False, True)
+            blocks(dataclasses.replace(case, by_index=by_index))(kernel, arrays(case)) for by_index in (False, True)
         )
     for name, value in alone.items():
         np.testing.assert_array_equal(by_index[name], value, err_msg=name)
@@ -128,7 +127,7 @@ def test_programs_that_begin_apart_agree_with_the_oracle(is_causal, monkeypatch,
     monkeypatch.setattr(mosaic_gpu_choices, "_MANY_PROGRAMS", 1)
     case = Case(queries=456, keys=328, num_blocks=1, heads=2, kv_heads=1, head_dim=128, is_causal=is_causal)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        found = blocks(case)(mosaic_gpu.forward, mosaic_gpu.backward, arrays(case))
+        found = blocks(case)(mosaic_gpu, arrays(case))
     assert failures(case, {name: np.asarray(value) for name, value in found.items()}) == []
     assert _races(capfd.readouterr().out) == []
 
@@ -139,7 +138,7 @@ def test_forward_with_heads_one_after_the_other_agrees_with_the_oracle(is_causal
     monkeypatch.setattr(mosaic_gpu_choices, "_MANY_PROGRAMS", 1)
     case = Case(queries=328, keys=200, num_blocks=2, heads=6, kv_heads=2, head_dim=128, is_causal=is_causal)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        found = blocks(case)(mosaic_gpu.forward, mosaic_gpu.backward, arrays(case))
+        found = blocks(case)(mosaic_gpu, arrays(case))
     assert failures(case, {name: np.asarray(value) for name, value in found.items()}) == []
     assert _races(capfd.readouterr().out) == []
 

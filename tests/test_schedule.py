@@ -29,10 +29,8 @@ def test_every_hop_is_hidden_and_nothing_is_copied(gpu, implementation, segments
         assert ring.schedule.block_copies == ()
         assert ring.schedule.bytes_sent == ring.expected_bytes_sent
         assert ring.temp_bytes <= MEMORY_SLACK * ring.necessary_bytes
-    # What else may move inside the rings is the cast of the forward ring's output or of dQ, once; the cast of
-    # `mosaic_gpu`'s dQ puts its columns in order too.
-    ordering = {"broadcast", "convert", "multiply", "reverse", "select"}
-    assert [set(move.opcodes) for move in gradient.schedule.moves] in ([], [{"convert"}], [ordering])
+    # What else may move inside the rings is the cast of the forward ring's output, once.
+    assert [set(move.opcodes) for move in gradient.schedule.moves] in ([], [{"convert"}])
 
 
 @pytest.mark.parametrize(("is_causal", "sizes"), [(True, (4, 8)), (False, (3, 4))])

@@ -52,9 +52,7 @@ def _block(kernel: Any, *arrays: Any) -> dict[str, jax.Array]:
     for _ in range(2):
         state = kernel.forward(query, key, value, state, mask, scale=0.3)
     dq = jnp.ones(query.shape, jnp.float32)
-    gradients = kernel.backward(
-        query, key, value, d_out, statistics + 2, statistics + 1, dq, mask, scale=0.3, is_last=True
-    )
+    gradients = kernel.backward(query, key, value, d_out, statistics + 2, statistics + 1, dq, mask, scale=0.3)
     return state._asdict() | gradients._asdict()
 
 
@@ -106,6 +104,8 @@ def test_masks_of_several_blocks_are_mapped(mapped):
         def backward(self, *args, **options):
             raise AssertionError("not called")
 
+        finished_d_query = staticmethod(xla.finished_d_query)
+
     positions = np.stack([np.roll(entries["k_positions"], shift, axis=0) for shift in range(SIZE)])
     blocks = {"k_positions": positions, "block": np.arange(SIZE, dtype=np.int32)}
 
@@ -151,6 +151,8 @@ def test_equal_calls_of_a_kernel_are_traced_once():
 
         def backward(self, *args, **options):
             raise AssertionError("not called")
+
+        finished_d_query = staticmethod(xla.finished_d_query)
 
     kernel = TracedOnce(Spy())
     x, positions = jnp.zeros((1, 8, 1, 8)), jnp.arange(8, dtype=jnp.int32)

@@ -27,7 +27,7 @@ def run(case: block_cases.Case, capability: int, data: dict[str, Any]) -> dict[s
 
     from ring_jax.kernels import triton_gpu
 
-    block = functools.partial(block_cases.blocks(case), triton_gpu.forward, triton_gpu.backward)
+    block = functools.partial(block_cases.blocks(case), triton_gpu)
     with triton_gpu.target(capability):
         return jax.tree.map(np.asarray, jax.jit(block)(data))
 

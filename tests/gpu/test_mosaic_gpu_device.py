@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ring_jax.kernels import mosaic_gpu
+from ring_jax.kernels import mosaic_gpu, mosaic_gpu_deterministic
 from ring_jax.kernels.contract import AttentionState, BlockMask
 from ring_jax.kernels.reference import reference_attention, visible_pairs
 from tests.block_cases import Case, arrays, blocks, failures
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 
 # Trying out matrix products for the code around the kernels takes longer than all the rest of these tests.
 _OPTIONS = {"xla_gpu_autotune_level": 0}
-BACKWARDS = {"fused": mosaic_gpu.backward, "deterministic": mosaic_gpu.deterministic_backward}
+KERNELS = {"fused": mosaic_gpu, "deterministic": mosaic_gpu_deterministic}
 CASES = [
     Case(queries=520, keys=333, num_blocks=3, heads=6, kv_heads=2, head_dim=128, by_index=True),
     Case(queries=512, keys=512, heads=2, kv_heads=2, head_dim=128),
@@ -39,7 +39,7 @@ CASES = [
     ids=str,
 )
 def test_device_agrees_with_the_oracle(case, backward):
-    run = jax.jit(lambda data: blocks(case)(mosaic_gpu.forward, BACKWARDS[backward], data), compiler_options=_OPTIONS)
+    run = jax.jit(lambda data: blocks(case)(KERNELS[backward], data), compiler_options=_OPTIONS)
     found = run(arrays(case))
     assert failures(case, {name: np.asarray(value) for name, value in found.items()}) == []
 
@@ -47,8 +47,7 @@ def test_device_agrees_with_the_oracle(case, backward):
 @pytest.mark.parametrize("head_dim", [128, 256])
 def test_two_runs_give_identical_bits(head_dim):
     case = Case(queries=2048, keys=2048, heads=8, kv_heads=2, head_dim=head_dim)
-    kernels = mosaic_gpu.forward, mosaic_gpu.deterministic_backward
-    run = jax.jit(lambda data: blocks(case)(*kernels, data), compiler_options=_OPTIONS)
+    run = jax.jit(lambda data: blocks(case)(mosaic_gpu_deterministic, data), compiler_options=_OPTIONS)
     first, second = run(arrays(case)), run(arrays(case))
     for name in first:
         np.testing.assert_array_equal(first[name], second[name], err_msg=name)
@@ -61,8 +60,7 @@ def test_nan_beyond_the_tail_stays_there(length):
     data = arrays(case)
     for name in ("query", "key", "value", "d_out"):
         data[name][1] = np.nan
-    kernels = mosaic_gpu.forward, mosaic_gpu.backward
-    found = jax.jit(lambda data: blocks(case)(*kernels, data), compiler_options=_OPTIONS)(data)
+    found = jax.jit(lambda data: blocks(case)(mosaic_gpu, data), compiler_options=_OPTIONS)(data)
     for name, value in found.items():
         value = np.asarray(value)[0]
         # Rows that see no key have the lse -inf.
@@ -87,8 +85,9 @@ def test_arrays_past_two_to_the_31_elements():
         delta = jnp.sum(query.astype(jnp.float32) * state.output, axis=-1).swapaxes(1, 2)
         dq = jnp.zeros(query.shape, jnp.float32)
         cotangents = (query, state.lse, delta, dq, mask)
-        gradients = mosaic_gpu.backward(query, key, value, *cotangents, scale=head_dim**-0.5, is_last=True)
-        return state.output[:, -100:], gradients.dq[:, -100:]
+        gradients = mosaic_gpu.backward(query, key, value, *cotangents, scale=head_dim**-0.5)
+        dq = mosaic_gpu.finished_d_query(gradients.dq, scale=head_dim**-0.5)
+        return state.output[:, -100:], dq[:, -100:]
 
     output, dq = both(query, key, value)
     last = np.asarray(query[:, -100:])

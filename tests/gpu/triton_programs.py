@@ -43,7 +43,7 @@ LONG_KEYS = 192
 
 def program(case: Case) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """All results of a case, from its arrays."""
-    return functools.partial(blocks(case), triton_gpu.forward, triton_gpu.backward)
+    return functools.partial(blocks(case), triton_gpu)
 
 
 def long_program(query: Any, key: Any, value: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
