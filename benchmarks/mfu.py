@@ -62,7 +62,7 @@ class Config:
 
 
 def workloads_of(config: Config) -> dict[str, Workload]:
-    """The training step at each length. Raises ValueError for the first option that makes no sense."""
+    """The training step at each length, the shortest first. Raises ValueError for the first senseless option."""
     for name, least in (("layers", 0), ("batch", 1), ("steps", 1)):
         if getattr(config, name) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(config, name)}")
@@ -75,7 +75,7 @@ def workloads_of(config: Config) -> dict[str, Workload]:
         raise ValueError("--seq-len must be at least 1 token")
     return {
         text: Workload(name=config.model, model=model, seq_len=seq_len, batch=config.batch)
-        for text, seq_len in tokens.items()
+        for text, seq_len in sorted(tokens.items(), key=lambda item: item[1])
     }
 
 
