@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from ring_jax.kernels import AttentionState, BlockKernel, BlockMask
-from ring_jax.layouts import check_layout, shard_positions
+from ring_jax.layouts import EVEN_LAYOUTS, check_layout, shard_positions
 from ring_jax.ring import MAX_UNROLLED_STEPS, RingMasks, Step
 
 
@@ -46,7 +46,8 @@ class Replay:
     def mask(self, owner: Step, shard_len: int, segment_ids: Int32[Array, "num_shards B T"] | None) -> BlockMask:
         """The mask of the step in which the rank holds the block of `owner`, as the ring has it."""
         positions = functools.partial(self.positions, shard_len=shard_len)
-        masks = RingMasks(self.num_shards, self.rank, positions, self.is_causal)
+        is_even = self.layout in EVEN_LAYOUTS
+        masks = RingMasks(self.num_shards, self.rank, positions, self.is_causal, is_even=is_even)
         ids = (None, None) if segment_ids is None else (segment_ids[self.rank], segment_ids[owner])
         return masks.mask((self.rank - owner) % self.num_shards, *ids)
 

@@ -46,6 +46,9 @@ class BlockMask:
     With `block` the key positions are those of several blocks, of which this is one. Masks of one such stack differ in
     a number only: XLA sees what kernels compute from the positions as the same for all, and computes it once. Such a
     mask has no segment ids. Only implementations that `registry` says can index blocks are given one.
+
+    `is_even` says that queries that see any key see about as many as others do, and keys likewise. It changes no
+    result: kernels choose by it in what order they take their tiles.
     """
 
     q_positions: Int32[Array, " T"]
@@ -54,6 +57,12 @@ class BlockMask:
     k_segment_ids: Int32[Array, "B S"] | None
     is_causal: bool = dataclasses.field(metadata=dict(static=True))
     block: Int32[Array, ""] | None = None
+    is_even: bool = dataclasses.field(default=False, metadata=dict(static=True))
+
+    @property
+    def has_uneven_tiles(self) -> bool:
+        """Whether tiles of one side may see more of the other side than others do, documents apart."""
+        return self.is_causal and not self.is_even
 
     def alone(self) -> "BlockMask":
         """This mask with the key positions of its own block only."""

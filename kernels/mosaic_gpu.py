@@ -70,7 +70,11 @@ def forward(
     has_segments = mask.q_segment_ids is not None
     is_all_visible = state is None and not has_segments and not mask.is_causal
     config = default_forward_config(
-        columns, has_segments=has_segments, in_place=in_place, is_all_visible=is_all_visible
+        columns,
+        num_keys=key.shape[1],
+        has_segments=has_segments,
+        in_place=in_place,
+        is_all_visible=is_all_visible,
     )
     result = attend(query, key, value, padded, mask, scale=scale, is_last=is_last, config=config)
     return AttentionState(result.output[:, :num_queries, :, :head_dim], result.lse)

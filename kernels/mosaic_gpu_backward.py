@@ -99,8 +99,8 @@ class _Block:
     dtype: jnp.dtype
     gradient_dtype: jnp.dtype
     is_causal: bool
-    # Whether programs beside each other begin with other query tiles; documents part them by themselves.
-    is_apart: bool
+    # By how many query tiles programs beside each other begin apart; documents part them by themselves.
+    tiles_apart: int
     scale: float
 
     @property
@@ -162,11 +162,10 @@ class _Program:
         with the same tiles they would add to the same dQ at once.
         """
         walk = self.walk
-        if not self.block.is_apart:
+        if not self.block.tiles_apart:
             return walk.full_start
-        apart = backward_tiles_apart(self.block.is_causal, self.block.group)
         num_full = jnp.maximum(walk.full_end - walk.full_start, 1)
-        return walk.full_start + lax.rem(self.key_tile * apart, num_full)
+        return walk.full_start + lax.rem(self.key_tile * self.block.tiles_apart, num_full)
 
     def begin(self, is_partial: bool) -> _Place:
         """The first place among the partial or the full tiles."""
@@ -410,18 +409,20 @@ def differentiate(
     """
     batch, num_queries, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[2]
+    group = num_heads // num_kv_heads
     grid = {"kv_heads": num_kv_heads, "key_tiles": -(-key.shape[1] // config.k_tile), "batch": batch}
-    order = backward_grid_order(mask.is_causal, math.prod(grid.values()))
+    order = backward_grid_order(mask.has_uneven_tiles, math.prod(grid.values()))
+    is_apart = order[0] == "kv_heads" and mask.q_segment_ids is None
     block = _Block(
         config=config,
         num_queries=num_queries,
         num_keys=mask.k_positions.shape[-1],
-        group=num_heads // num_kv_heads,
+        group=group,
         head_dim=head_dim,
         dtype=query.dtype,
         gradient_dtype=key.dtype if is_only else jnp.dtype(jnp.float32),
         is_causal=mask.is_causal,
-        is_apart=order[0] == "kv_heads" and mask.q_segment_ids is None,
+        tiles_apart=backward_tiles_apart(mask, group * -(-num_queries // config.q_tile)) if is_apart else 0,
         scale=scale,
     )
     masks = MaskInputs.of(mask, config.q_tile, config.k_tile)

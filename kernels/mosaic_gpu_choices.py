@@ -5,11 +5,14 @@ All of it was chosen by measuring on an H200; the runs are in `benchmarks/LOG.md
 
 import dataclasses
 
+from .contract import BlockMask
 from .mosaic_gpu_primitives import WARPGROUP_ROWS
 
 BACKWARD_WARPGROUPS = 2
 # Programs under a causal mask are unequal. From this many on, one head after the other is faster all the same.
 _MANY_PROGRAMS = 1024
+# What a program of one head loses at its beginning and end is less than 1 % of the time that so many keys take.
+_MANY_KEYS = 32768
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,18 +58,20 @@ class ForwardConfig:
         return {2: (40, 232), 3: (32, 160)}[self.compute_warpgroups]
 
 
-def default_forward_config(head_dim: int, *, has_segments: bool, in_place: bool, is_all_visible: bool) -> ForwardConfig:
+def default_forward_config(
+    head_dim: int, *, num_keys: int, has_segments: bool, in_place: bool, is_all_visible: bool
+) -> ForwardConfig:
     """What is used for a head dim: the fastest of those measured on an H200 whose registers are not spilled.
 
     `is_all_visible` says that no state and no mask is given: then every program takes equally long, and many short ones
-    leave fewer SMs idle at the end than a few of several heads.
+    leave fewer SMs idle at the end than a few of several heads. So they do where there are many keys.
     """
     if head_dim <= 64:
         if has_segments:
             return ForwardConfig(q_tile=128, k_tile=128, stages=2, heads=4)
         return ForwardConfig(q_tile=192, k_tile=128, stages=2, heads=1 if is_all_visible else 2)
     if head_dim <= 128:
-        one_head = is_all_visible or (has_segments and in_place)
+        one_head = in_place if has_segments else is_all_visible or num_keys >= _MANY_KEYS
         return ForwardConfig(q_tile=128, k_tile=128, stages=2, heads=1 if one_head else 4)
     return ForwardConfig(q_tile=128, k_tile=64, stages=2, heads=1, early_state=False)
 
@@ -94,33 +99,36 @@ def default_backward_config(head_dim: int) -> BackwardConfig:
     return BackwardConfig(q_tile=128 if head_dim == 64 else 64)
 
 
-def forward_grid_order(is_causal: bool, head_dim: int, num_programs: int) -> tuple[str, str, str]:
+def forward_grid_order(is_uneven: bool, head_dim: int, num_programs: int) -> tuple[str, str, str]:
     """The grid's dims, the slowest first.
 
     Programs of one head side by side read the same keys and values, which then stay in the L2 cache however long they
-    are. But under a causal mask programs are of unequal length, and the longest of the last head would end late: those
-    of all heads go first if there are few programs, and for small head dims always.
+    are. But on the diagonal of a causal mask programs are of unequal length, and the longest of the last head would end
+    late: those of all heads go first if there are few programs, and for small head dims always.
     """
-    if is_causal and (head_dim <= 64 or num_programs < _MANY_PROGRAMS):
+    if is_uneven and (head_dim <= 64 or num_programs < _MANY_PROGRAMS):
         return "row_tiles", "heads", "batch"
     return "heads", "row_tiles", "batch"
 
 
-def backward_grid_order(is_causal: bool, num_programs: int) -> tuple[str, str, str]:
+def backward_grid_order(is_uneven: bool, num_programs: int) -> tuple[str, str, str]:
     """The grid's dims, the slowest first.
 
-    Programs of one head side by side share what they read. But under a causal mask, where programs are of unequal
-    length, the last head ends late if there are few of them.
+    Programs of one head side by side share what they read. But on the diagonal of a causal mask, where programs are of
+    unequal length, the last head ends late if there are few of them.
     """
-    if not is_causal or num_programs >= _MANY_PROGRAMS:
+    if not is_uneven or num_programs >= _MANY_PROGRAMS:
         return "kv_heads", "key_tiles", "batch"
     return "key_tiles", "kv_heads", "batch"
 
 
-def backward_tiles_apart(is_causal: bool, group: int) -> int:
-    """How many query tiles each program begins its full ones later than the one before it, `group` heads in each.
+def backward_tiles_apart(mask: BlockMask, num_steps: int) -> int:
+    """How many query tiles each program begins its full ones later than the one before it.
 
-    2 to 6 were within 1 % where each query head has keys of its own, and under a causal mask the fewer the better the
-    more heads share them.
+    The farther apart, the rarer two programs add to one tile of dQ at once, but the more of the queries is in use at a
+    time: once that is more than the L2 cache holds, it costs more than it saves. `num_steps` are the query tiles of a
+    program, those of all its heads together; 2 to 6 apart were within 1 % where there are few.
     """
-    return max(1, 4 // group) if is_causal else 4
+    if mask.has_uneven_tiles:
+        return 1 if num_steps >= 1024 else 4
+    return 2 if mask.is_causal or num_steps >= 2048 else 4

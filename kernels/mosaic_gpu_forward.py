@@ -11,6 +11,7 @@ takes several query heads in turn: while the output of one is written, the tiles
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,20 +28,24 @@ from .mosaic_gpu_choices import ForwardConfig, forward_grid_order
 from .mosaic_gpu_inline import scale_rows_below_one
 from .mosaic_gpu_masks import MaskInputs, Walk, pad_last
 from .mosaic_gpu_primitives import (
+    ROWS,
     WARPGROUP_ROWS,
     Ref,
-    accumulate,
+    accumulate_while,
+    across_columns,
     full,
     hidden_zero,
-    load_rows_if,
     matrix_scratch,
+    one_place,
     scores,
     scores_while_accumulating,
     slot_of,
 )
-from .mosaic_gpu_softmax import LOG2_E, Softmax, merge, normalize
+from .mosaic_gpu_softmax import LOG2_E, Softmax, merge_weights, normalizer
 from .tiles import TileRanges, key_ranges
 from .varying import match_varying
+
+_LSE_SLOTS = 2
 
 
 class _Inputs(NamedTuple):
@@ -58,6 +63,8 @@ class _Scratch(NamedTuple):
 
     # Queries, keys and values; and the output: the running one on its way in, and the new one on its way out.
     tiles: Ref
+    # The running logsumexp of this head's rows and of the next one's.
+    lse: Ref
     query_ready: Ref
     key_ready: Ref
     value_ready: Ref
@@ -81,7 +88,11 @@ class _Scratch(NamedTuple):
 
     @property
     def output(self) -> Ref:
-        return self.tiles[1]
+        return self.tiles[1][0]
+
+    def rounded_output(self, warpgroup: jax.Array) -> Ref:
+        """Where a warpgroup's output lies in the inputs' dtype, in half of the place of its running output."""
+        return self.tiles[1][1].at[2 * warpgroup]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,16 +109,22 @@ class _Block:
     dtype: jnp.dtype
     is_causal: bool
     exponent_scale: float
+    has_segments: bool
     has_state: bool
     is_last: bool
+
+    @property
+    def can_skip_mask(self) -> bool:
+        """Whether a head's first tile is computed without the mask if it is full: elsewhere registers are short."""
+        return self.config.early_state and self.config.compute_warpgroups == 2 and not self.has_segments
 
     @property
     def in_place(self) -> bool:
         return self.has_state and not self.is_last
 
     @property
-    def leaves_through_query(self) -> bool:
-        """Whether the output goes out through the queries' place, its own one being of another dtype."""
+    def is_rounded_merged(self) -> bool:
+        """Whether the new output is of another dtype than the running one, whose place it takes."""
         return self.has_state and self.is_last
 
 
@@ -136,7 +153,8 @@ class _Program:
         walk = Walk.read(inputs.ranges, inputs.mask, batch, row_tile)
         if not block.in_place:
             # Rows without any key are written too: any tile will do, for its mask hides all of it.
-            walk = walk._replace(steps=jnp.maximum(walk.steps, 1))
+            is_empty = walk.steps == 0
+            walk = walk._replace(steps=jnp.where(is_empty, 1, walk.steps), partial=jnp.where(is_empty, 1, walk.partial))
         return cls(block, inputs, old, new, scratch, batch, row_tile, walk)
 
     def rows(self, warpgroup: jax.Array | int) -> pl.Slice:
@@ -156,10 +174,13 @@ class _Program:
 
     def for_each_head(self, body: Callable[[jax.Array], None]) -> None:
         """Calls `body` with 0, 1 ... for the heads of this program."""
-        if self.block.heads == 1:
-            body(jnp.int32(0))
-        else:
+        if self.block.heads > 1:
             pl.loop(0, self.block.heads)(body)
+        elif self.block.can_skip_mask:
+            # In a loop, or the compiler finds no registers for the products in flight.
+            pl.loop(0, 1 + hidden_zero())(body)
+        else:
+            body(jnp.int32(0))
 
     def run(self) -> None:
         config, warpgroup = self.block.config, lax.axis_index("warpgroup")
@@ -194,10 +215,6 @@ class _Program:
         config, inputs, scratch, steps = self.block.config, self.inputs, self.scratch, self.walk.steps
         head = self.head(turn)
         kv_head = lax.div(head, jnp.int32(self.block.group))
-        self.wait_before_next(scratch.query_free, turn)
-        for warpgroup in range(config.compute_warpgroups):
-            rows = inputs.query.at[self.batch, self.rows(warpgroup), head]
-            plgpu.copy_gmem_to_smem(rows, scratch.query.at[warpgroup], scratch.query_ready.at[warpgroup])
 
         @pl.loop(0, steps)
         def _copy_keys_and_values(step):
@@ -206,6 +223,8 @@ class _Program:
             keys = (self.batch, pl.ds(self.walk.tile(step) * config.k_tile, config.k_tile), kv_head)
             pl.when(copy >= config.stages)(lambda: plgpu.barrier_wait(scratch.key_free.at[slot]))
             plgpu.copy_gmem_to_smem(inputs.key.at[keys], scratch.key.at[slot], scratch.key_ready.at[slot])
+            # After the first keys, whose place is free before that of the last head's queries.
+            pl.when(step == 0)(lambda: self.copy_queries(turn))
             pl.when(copy >= config.stages)(lambda: plgpu.barrier_wait(scratch.value_free.at[slot]))
             plgpu.copy_gmem_to_smem(inputs.value.at[keys], scratch.value.at[slot], scratch.value_ready.at[slot])
 
@@ -213,28 +232,38 @@ class _Program:
             if config.early_state and self.block.has_state:
                 pl.when(step == jnp.minimum(2 * config.stages, steps) - 1)(lambda: self.prepare_output(turn))
 
+    def copy_queries(self, turn: jax.Array) -> None:
+        """Copies a head's queries, and with them the running logsumexps of their rows."""
+        scratch = self.scratch
+        for warpgroup in range(self.block.config.compute_warpgroups):
+            self.wait_before_next(scratch.query_free.at[warpgroup], turn)
+            rows, ready = self.rows(warpgroup), scratch.query_ready.at[warpgroup]
+            queries = self.inputs.query.at[self.batch, rows, self.head(turn)]
+            plgpu.copy_gmem_to_smem(queries, scratch.query.at[warpgroup], ready)
+            if self.old is not None:
+                lse = self.old.lse.at[self.batch, self.head(turn), rows]
+                plgpu.copy_gmem_to_smem(lse, scratch.lse.at[self.lse_slot(turn), warpgroup], ready)
+
+    def lse_slot(self, turn: jax.Array) -> jax.Array:
+        """The running logsumexps of two heads, for those of one are read after the next one's have been copied."""
+        return slot_of(turn, _LSE_SLOTS)
+
     def prepare_output(self, turn: jax.Array) -> None:
         """Copies the running output; without one, says that its place is free."""
         scratch = self.scratch
-        if self.old is not None:
-            self.wait_before_next(scratch.output_free, turn)
         for warpgroup in range(self.block.config.compute_warpgroups):
             ready = scratch.output_ready.at[warpgroup]
             if self.old is None:
                 plgpu.barrier_arrive(ready)
                 continue
+            self.wait_before_next(scratch.output_free.at[warpgroup], turn)
             rows = self.old.output.at[self.batch, self.rows(warpgroup), self.head(turn)]
             plgpu.copy_gmem_to_smem(rows, scratch.output.at[warpgroup], ready)
 
     def wait_before_next(self, free: Ref, turn: jax.Array) -> None:
-        """Waits until all compute warpgroups have left what the next head is to be copied into."""
-        if self.block.heads == 1:
-            return
-
-        @pl.when(turn > 0)
-        def _():
-            for warpgroup in range(self.block.config.compute_warpgroups):
-                plgpu.barrier_wait(free.at[warpgroup])
+        """Waits until a compute warpgroup has left what the next head is to be copied into."""
+        if self.block.heads > 1:
+            pl.when(turn > 0)(lambda: plgpu.barrier_wait(free))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,58 +286,73 @@ class _Worker:
         carry = lax.fori_loop(first_full, walk.steps, lambda i, c: self.step(turn, i, c, is_partial=False), carry)
         acc, softmax, weights = carry
         last_slot = program.slot((turn + 1) * walk.steps - 1)
-        acc = accumulate(acc, weights, scratch.value.at[last_slot])
+        weigh = functools.partial(self.weights_of_sums, turn, softmax)
+        (own, old, new_lse), acc = accumulate_while(acc, weights, scratch.value.at[last_slot], use=weigh)
         plgpu.barrier_arrive(scratch.value_free.at[last_slot])
-        lse, has_rows = self.rows_of_lse(turn)
-        old_lse = None if program.old is None else load_rows_if(has_rows, program.old.lse.at[lse], otherwise=-jnp.inf)
-        new_lse = self.write(turn, acc, softmax, old_lse)
+        self.write(turn, acc, own, old)
+        rows, num_rows = program.rows(self.warpgroup), program.new.lse.shape[-1]
+        # In the last tile a warpgroup may have none.
+        has_rows = rows.start < num_rows if num_rows % program.block.config.q_tile else True
 
         @pl.when(has_rows)
         def _():
-            program.new.lse[lse] = new_lse
+            program.new.lse[program.batch, program.head(turn), rows] = new_lse
 
-    def rows_of_lse(self, turn: jax.Array) -> tuple[tuple, jax.Array | bool]:
-        """Where the lse of this warpgroup's rows is, and whether it has any: in the last tile it may have none."""
-        program = self.program
-        rows, num_rows = program.rows(self.warpgroup), program.new.lse.shape[-1]
-        has_rows = rows.start < num_rows if num_rows % program.block.config.q_tile else True
-        return (program.batch, program.head(turn), rows), has_rows
+    def weights_of_sums(self, turn: jax.Array, softmax: Softmax) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+        """What a row of the block's sums and one of the running output count in the new output, and the new lse."""
+        if self.program.old is None:
+            own, lse = normalizer(softmax)
+            return own, None, lse
+        old_lse = self.program.scratch.lse.at[self.program.lse_slot(turn), self.warpgroup]
+        result = merge_weights(softmax, plgpu.load(old_lse, layout=ROWS))
+        if self.program.block.config.early_state:
+            self.wait_for_output()
+        return result
 
-    def write(self, turn: jax.Array, acc: jax.Array, softmax: Softmax, old_lse: jax.Array | None) -> jax.Array:
-        """Merges with what was attended before and sends the output off; gives the lse."""
+    def wait_for_output(self) -> None:
+        """Waits for the running output; without one, for its place to be free."""
+        plgpu.barrier_wait(self.program.scratch.output_ready.at[self.warpgroup])
+
+    def write(self, turn: jax.Array, acc: jax.Array, own: jax.Array, old: jax.Array | None) -> None:
+        """Weighs the sums and what was attended before, and sends the new output off."""
         program, block, scratch = self.program, self.program.block, self.program.scratch
         buffer = scratch.output.at[self.warpgroup]
-        if block.has_state or not block.config.early_state:
-            plgpu.barrier_wait(scratch.output_ready.at[self.warpgroup])
-        if old_lse is not None:
-            old_output = plgpu.load(buffer, layout=plgpu.Layout.WGMMA)
+        if not block.config.early_state:
+            self.wait_for_output()
+        output = acc * across_columns(own, acc.shape)
+        if old is not None:
+            output += plgpu.load(buffer, layout=plgpu.Layout.WGMMA) * across_columns(old, acc.shape)
             plgpu.commit_smem()  # Every thread has read its part of the old output before any writes the new one.
-            output, lse = merge(acc, softmax, old_output, old_lse)
         else:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            output, lse = normalize(acc, softmax)
-        if block.leaves_through_query:
-            buffer = scratch.query.at[self.warpgroup]
+        if block.is_rounded_merged:
+            buffer = scratch.rounded_output(self.warpgroup)
         buffer[...] = output.astype(buffer.dtype)
         plgpu.commit_smem()
         where = program.batch, program.rows(self.warpgroup), program.head(turn)
         plgpu.copy_smem_to_gmem(buffer, program.new.output.at[where])
-        if block.leaves_through_query:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            self.release_query(turn)
-        return lse
 
     def first_step(self, turn: jax.Array) -> tuple:
-        """Accumulator, softmax and unused weights after the scores of the first key tile, computed with the mask."""
+        """Accumulator, softmax and unused weights after the scores of the first key tile."""
         program, block, scratch = self.program, self.program.block, self.program.scratch
         slot = program.slot(turn * program.walk.steps)
-        plgpu.barrier_wait(scratch.query_ready.at[self.warpgroup])
-        mask = self.visible(jnp.int32(0))
-        plgpu.barrier_wait(scratch.key_ready.at[slot])
-        products = scores(scratch.query.at[self.warpgroup], scratch.key.at[slot])
-        plgpu.barrier_arrive(scratch.key_free.at[slot])
-        self.after_last_scores(turn, jnp.int32(0))
-        softmax, _decay, weights = Softmax.of_nothing(WARPGROUP_ROWS).update(products, mask, block.exponent_scale)
+
+        def attend(*, is_partial: bool) -> tuple[Softmax, jax.Array]:
+            plgpu.barrier_wait(scratch.query_ready.at[self.warpgroup])
+            mask = self.visible(jnp.int32(0)) if is_partial else None
+            plgpu.barrier_wait(scratch.key_ready.at[slot])
+            products = scores(scratch.query.at[self.warpgroup], scratch.key.at[slot])
+            plgpu.barrier_arrive(scratch.key_free.at[slot])
+            self.after_last_scores(turn, jnp.int32(0))
+            softmax, _decay, weights = Softmax.of_nothing(WARPGROUP_ROWS).update(products, mask, block.exponent_scale)
+            return softmax, weights.astype(block.dtype)
+
+        if block.can_skip_mask:
+            is_partial = program.walk.partial > 0
+            first = lax.cond(is_partial, lambda: attend(is_partial=True), lambda: attend(is_partial=False))
+        else:
+            first = attend(is_partial=True)
+        softmax, weights = first
         plgpu.barrier_wait(scratch.value_ready.at[slot])
         if block.has_state and block.heads > 1:
 
@@ -317,7 +361,7 @@ class _Worker:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(scratch.output_free.at[self.warpgroup])
 
-        return full((WARPGROUP_ROWS, program.block.head_dim), 0), softmax, weights.astype(block.dtype)
+        return full((WARPGROUP_ROWS, program.block.head_dim), 0), softmax, weights
 
     def step(self, turn: jax.Array, step: jax.Array, carry: tuple, *, is_partial: bool) -> tuple:
         """The scores of a step's key tile, and under their softmax the product of the last step's with the values."""
@@ -346,13 +390,11 @@ class _Worker:
         return scale_rows_below_one(acc, decay), softmax, weights.astype(program.block.dtype)
 
     def after_last_scores(self, turn: jax.Array, step: jax.Array) -> None:
-        if self.program.block.heads > 1 and not self.program.block.leaves_through_query:
-            pl.when(step == self.program.walk.steps - 1)(lambda: self.release_query(turn))
-
-    def release_query(self, turn: jax.Array) -> None:
-        """The next head's queries may come, if there is one."""
-        free = self.program.scratch.query_free.at[self.warpgroup]
-        pl.when(turn < self.program.block.heads - 1)(lambda: plgpu.barrier_arrive(free))
+        """After the last scores of a head, the next one's queries may come."""
+        program, free = self.program, self.program.scratch.query_free.at[self.warpgroup]
+        if program.block.heads > 1:
+            is_last = (step == program.walk.steps - 1) & (turn < program.block.heads - 1)
+            pl.when(is_last)(lambda: plgpu.barrier_arrive(free))
 
     def visible(self, step: jax.Array) -> jax.Array:
         """The mask of this warpgroup's rows and a step's key tile."""
@@ -390,11 +432,12 @@ def attend(
         dtype=query.dtype,
         is_causal=mask.is_causal,
         exponent_scale=scale * LOG2_E,
+        has_segments=mask.q_segment_ids is not None,
         has_state=state is not None,
         is_last=is_last and (state is None or config.can_round_merged),
     )
     grid = {"row_tiles": row_tiles, "heads": num_heads // block.heads, "batch": batch}
-    order = forward_grid_order(mask.is_causal, head_dim, math.prod(grid.values()))
+    order = forward_grid_order(mask.has_uneven_tiles, head_dim, math.prod(grid.values()))
     masks = MaskInputs.of(mask, config.q_tile, config.k_tile)
     inputs = _Inputs(query, key, value, masks, key_ranges(mask, config.q_tile, config.k_tile))
     # Written in place, the state is given as references; otherwise it is read like the other inputs.
@@ -420,7 +463,7 @@ def attend(
         num_threads=config.compute_warpgroups + 1,
         thread_name="warpgroup",
         kernel_name="ring_jax_attention_forward",
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
     )
     result: Any
     if block.in_place:
@@ -436,11 +479,14 @@ def _scratch(block: _Block) -> dict:
     warpgroups, stages = config.compute_warpgroups, config.stages
     key_value = matrix_scratch((stages, config.k_tile, head_dim), block.dtype)
     inputs = (matrix_scratch((warpgroups, WARPGROUP_ROWS, head_dim), block.dtype), key_value, key_value)
-    output_dtype = block.dtype if block.is_last and not block.has_state else jnp.float32
-    output = matrix_scratch((warpgroups, WARPGROUP_ROWS, head_dim), output_dtype)
+    running_dtype = block.dtype if block.is_last and not block.has_state else jnp.float32
+    output = matrix_scratch((warpgroups, WARPGROUP_ROWS, head_dim), running_dtype)
+    rounded = matrix_scratch((2 * warpgroups, WARPGROUP_ROWS, head_dim), block.dtype)
+    outputs = one_place(output, rounded) if block.is_rounded_merged else (output,)
     return _Scratch(
-        tiles=(inputs, output) if config.early_state else plgpu.RefUnion(inputs, output),
-        query_ready=plgpu.Barrier(num_barriers=warpgroups),
+        tiles=(inputs, outputs) if config.early_state else plgpu.RefUnion(inputs, outputs),
+        lse=plgpu.SMEM((_LSE_SLOTS, warpgroups, WARPGROUP_ROWS), jnp.float32),
+        query_ready=plgpu.Barrier(num_arrivals=2 if block.has_state else 1, num_barriers=warpgroups),
         key_ready=plgpu.Barrier(num_barriers=stages),
         value_ready=plgpu.Barrier(num_barriers=stages),
         output_ready=plgpu.Barrier(num_barriers=warpgroups),

@@ -3,7 +3,7 @@
 Each operation that the Mosaic interpreter refuses is one function with a mathematically equal branch for it, here and
 in `mosaic_gpu_inline`:
 
-- `scores_while_accumulating`, `accumulate`, `accumulate_two_beside`: `wgmma` into a carried accumulator, its left
+- `scores_while_accumulating`, `accumulate_while`, `accumulate_two_beside`: `wgmma` into a carried accumulator, its left
   operand in registers.
 - `add_to_gmem`: a bulk copy that adds into global memory (`reduction_op="add"`).
 """
@@ -45,21 +45,17 @@ def matrix_scratch(shape: Sequence[int], dtype: jnp.dtype) -> pl.MemoryRef:
     return plgpu.SMEM(tuple(shape), dtype, transforms=transforms)
 
 
+def one_place(*scratch: Any) -> Any:
+    """Shared memory for several arrays that lie over each other, each entry by its own bytes.
+
+    The interpreter has them beside each other: to its race detector any two parts of arrays in one place are the same.
+    """
+    return scratch if is_interpreted() else plgpu.RefUnion(*scratch)
+
+
 def full(shape: tuple[int, ...], value: float, layout: Any = plgpu.Layout.WGMMA) -> jax.Array:
     """A float32 constant held in registers."""
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
-
-
-def load_rows_if(exists: jax.Array | bool, source: Ref, *, otherwise: float) -> jax.Array:
-    """A number per row of a matrix product from global memory, or the same one for all where there are no such rows."""
-
-    def load():
-        return plgpu.load(source, layout=ROWS, optimized=False)
-
-    if isinstance(exists, bool):
-        assert exists
-        return load()
-    return lax.cond(exists, load, lambda: full(source.shape, otherwise, ROWS))
 
 
 def across_columns(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -102,12 +98,24 @@ def scores(query: Ref, key: Ref) -> jax.Array:
     return pl.run_scoped(body, _accumulator(query.shape[0], key.shape[0]))
 
 
+def accumulate_while[R](acc: jax.Array, weights: jax.Array, value: Ref, *, use: Callable[[], R]) -> tuple[R, jax.Array]:
+    """`use()` and under it `acc + weights @ value`; `weights` in registers, `value` in shared memory."""
+    if is_interpreted():
+        return use(), _plain_accumulate(acc, weights, value)
+
+    def body(acc_ref):
+        acc_ref[...] = acc
+        plgpu.wgmma(acc_ref, weights, value)
+        result = lax.optimization_barrier(use())
+        return lax.optimization_barrier((result, acc_ref[...]))
+
+    return pl.run_scoped(body, _accumulator(*acc.shape))
+
+
 def accumulate(acc: jax.Array, weights: jax.Array, value: Ref) -> jax.Array:
     """`acc + weights @ value`, waited for; `weights` in registers, `value` in shared memory."""
     if is_interpreted():
-        product = jnp.dot(weights, value[...], preferred_element_type=jnp.float32)
-        plgpu.commit_smem()  # Orders this plain read before the next copy into `value`, as waiting for wgmma does.
-        return acc + product
+        return _plain_accumulate(acc, weights, value)
 
     def body(acc_ref):
         acc_ref[...] = acc
@@ -115,6 +123,12 @@ def accumulate(acc: jax.Array, weights: jax.Array, value: Ref) -> jax.Array:
         return acc_ref[...]
 
     return pl.run_scoped(body, _accumulator(*acc.shape))
+
+
+def _plain_accumulate(acc: jax.Array, weights: jax.Array, value: Ref) -> jax.Array:
+    product = jnp.dot(weights, value[...], preferred_element_type=jnp.float32)
+    plgpu.commit_smem()  # Orders this plain read before the next copy into `value`, as waiting for wgmma does.
+    return acc + product
 
 
 def scores_while_accumulating[R](
@@ -139,7 +153,7 @@ def scores_while_accumulating[R](
     if is_interpreted():
         result = use(scores(query, key))
         used()
-        return result, accumulate(acc, weights, value)
+        return result, _plain_accumulate(acc, weights, value)
 
     def body(products_ref, acc_ref):
         acc_ref[...] = acc
@@ -194,7 +208,7 @@ def accumulate_two_beside[R](
     """
     if is_interpreted():
         use(sum_of_products(lefts, rights))
-        return accumulate(*first), accumulate(*second)
+        return _plain_accumulate(*first), _plain_accumulate(*second)
 
     def body(first_acc, second_acc, beside):
         first_acc[...], second_acc[...] = first[0], second[0]

@@ -27,10 +27,11 @@ class Softmax(NamedTuple):
         return cls(full((rows,), -jnp.inf, ROWS), full((rows,), 0, ROWS))
 
     def update(
-        self, products: jax.Array, mask: jax.Array, exponent_scale: float
+        self, products: jax.Array, mask: jax.Array | None, exponent_scale: float
     ) -> tuple["Softmax", jax.Array, jax.Array]:
         """The state after one key tile, what earlier sums decay by, and the tile's weights."""
-        products = jnp.where(mask, products, -jnp.inf)
+        if mask is not None:
+            products = jnp.where(mask, products, -jnp.inf)
         maximum = jnp.maximum(self.maximum, products.max(axis=1) * exponent_scale)
         # A row without any visible key so far has the maximum -inf: subtract zero there instead.
         base = jnp.where(maximum == -jnp.inf, 0.0, maximum)
@@ -45,20 +46,18 @@ class Softmax(NamedTuple):
         return Softmax(maximum, self.total * decay + weights.sum(axis=1)), decay, weights
 
 
-def merge(acc: jax.Array, softmax: Softmax, old_output: jax.Array, old_lse: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The running output and lse after a block, from those before and the block's own sums."""
+def merge_weights(softmax: Softmax, old_lse: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What to multiply a block's own sums and the running output with so that they add up, and the new lse."""
     old = old_lse * LOG2_E
     maximum = jnp.maximum(softmax.maximum, old)
     base = jnp.where(maximum == -jnp.inf, 0.0, maximum)
     new_weight, old_weight = jnp.exp2(softmax.maximum - base), jnp.exp2(old - base)
     total = softmax.total * new_weight + old_weight
     norm = 1.0 / jnp.where(total == 0.0, 1.0, total)
-    output = acc * across_columns(new_weight * norm, acc.shape)
-    output += old_output * across_columns(old_weight * norm, acc.shape)
-    return output, (base + jnp.log2(total)) * _LN_2
+    return new_weight * norm, old_weight * norm, (base + jnp.log2(total)) * _LN_2
 
 
-def normalize(acc: jax.Array, softmax: Softmax) -> tuple[jax.Array, jax.Array]:
-    """Output and lse of a block alone, from its sums."""
+def normalizer(softmax: Softmax) -> tuple[jax.Array, jax.Array]:
+    """What to multiply the sums of a block alone with, and its lse."""
     norm = 1.0 / jnp.where(softmax.total == 0.0, 1.0, softmax.total)
-    return acc * across_columns(norm, acc.shape), (softmax.maximum + jnp.log2(softmax.total)) * _LN_2
+    return norm, (softmax.maximum + jnp.log2(softmax.total)) * _LN_2

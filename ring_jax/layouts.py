@@ -18,6 +18,9 @@ from jaxtyping import Array, Int32, Shaped
 
 LAYOUTS = ("contiguous", "zigzag", "striped")
 
+# Those in which, under a causal mask, queries of one shard that see anything of another shard all see as much of it.
+EVEN_LAYOUTS = ("contiguous", "zigzag")
+
 
 def check_layout(layout: str, seq_len: int, num_shards: int) -> None:
     """Raises ValueError if the layout is unknown or cannot deal `seq_len` tokens to `num_shards` shards evenly."""

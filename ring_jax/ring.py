@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from . import kernels
 from .collectives import AxisName, gather_shards, rotate
 from .kernels import AttentionState, BlockMask, match_varying
-from .layouts import shard_positions
+from .layouts import EVEN_LAYOUTS, shard_positions
 
 # Names of the two residuals that a remat policy can save, so that the backward pass need not run the forward ring.
 SAVED_NAMES = ("ring_attention_output", "ring_attention_lse")
@@ -216,6 +216,8 @@ class RingMasks:
     is_causal: bool
     # Whether every shard holds its tokens in ascending order, as every layout deals them.
     is_ascending: bool = True
+    # Whether a rank's queries that see anything of another rank's block see as much of it (`layouts.EVEN_LAYOUTS`).
+    is_even: bool = False
 
     @property
     def is_loop(self) -> bool:
@@ -232,9 +234,11 @@ class RingMasks:
             return BlockMask(own, own, own_segment_ids, segment_ids, self.is_causal)
         if isinstance(step, int) and not self.is_loop and self.is_causal and segment_ids is None:
             # All steps ask for the tiles of the same positions, which XLA sees, and computes them once for the ring.
-            return BlockMask(own, self._of_all_steps, None, None, True, block=jnp.int32(step))
+            return BlockMask(own, self._of_all_steps, None, None, True, block=jnp.int32(step), is_even=self.is_even)
         theirs = self.positions((self.rank - step) % self.size)
-        return BlockMask(own, theirs, own_segment_ids, segment_ids, self.is_causal)
+        # Loops begin with the second step.
+        is_even = self.is_even and not (isinstance(step, int) and step == 0)
+        return BlockMask(own, theirs, own_segment_ids, segment_ids, self.is_causal, is_even=is_even)
 
     @functools.cached_property
     def _of_all_steps(self) -> Int32[Array, "steps T"]:
@@ -251,4 +255,5 @@ def _masks(options: RingOptions, shard_len: int, gathered_positions: Int32[Array
         return shard_positions(options.layout, rank, shard_len, size)
 
     rank = lax.axis_index(options.axis_name)
-    return RingMasks(size, rank, positions, options.is_causal, is_ascending=options.layout is not None)
+    is_ascending, is_even = options.layout is not None, options.layout in EVEN_LAYOUTS
+    return RingMasks(size, rank, positions, options.is_causal, is_ascending=is_ascending, is_even=is_even)

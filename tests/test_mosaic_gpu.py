@@ -98,6 +98,19 @@ def test_every_order_of_the_forward_grid_compiles_without_spills(is_causal, many
     _check_compiled(forward, args, jax.tree.leaves(state) if has_state else [])
 
 
+@pytest.mark.parametrize("is_last", [False, True])
+@pytest.mark.parametrize("has_state", [False, True])
+def test_programs_of_one_head_for_many_keys_compile_without_spills(has_state, is_last, monkeypatch):
+    monkeypatch.setattr(mosaic_gpu_choices, "_MANY_KEYS", 4096)
+    q, k, state, mask = _shapes(128)
+    in_place = has_state and not is_last
+    forward = jax.jit(
+        lambda *args: mosaic_gpu.forward(*args, scale=0.1, is_last=is_last), donate_argnums=3 if in_place else ()
+    )
+    args = (q, k, k, state if has_state else None, mask)
+    _check_compiled(forward, args, jax.tree.leaves(state) if in_place else [])
+
+
 @pytest.mark.parametrize("mask_of", MASKS[:2])
 @pytest.mark.parametrize(
     ("head_dim", "backward"),
