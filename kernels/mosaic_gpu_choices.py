@@ -64,15 +64,16 @@ def default_forward_config(
     """What is used for a head dim: the fastest of those measured on an H200 whose registers are not spilled.
 
     `is_all_visible` says that no state and no mask is given: then every program takes equally long, and many short ones
-    leave fewer SMs idle at the end than a few of several heads. So they do where there are many keys.
+    leave fewer SMs idle at the end than a few of several heads. So they do, masked or not, where there are many keys.
     """
     if head_dim <= 64:
         if has_segments:
             return ForwardConfig(q_tile=128, k_tile=128, stages=2, heads=4)
         return ForwardConfig(q_tile=192, k_tile=128, stages=2, heads=1 if is_all_visible else 2)
     if head_dim <= 128:
-        one_head = in_place if has_segments else is_all_visible or num_keys >= _MANY_KEYS
-        return ForwardConfig(q_tile=128, k_tile=128, stages=2, heads=1 if one_head else 4)
+        one_head = in_place if has_segments else num_keys >= _MANY_KEYS
+        heads = 1 if one_head else 2 if is_all_visible else 4
+        return ForwardConfig(q_tile=128, k_tile=128, stages=2, heads=heads)
     return ForwardConfig(q_tile=128, k_tile=64, stages=2, heads=1, early_state=False)
 
 

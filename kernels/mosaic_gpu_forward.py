@@ -116,7 +116,13 @@ class _Block:
     @property
     def can_skip_mask(self) -> bool:
         """Whether a head's first tile is computed without the mask if it is full: elsewhere registers are short."""
-        return self.config.early_state and self.config.compute_warpgroups == 2 and not self.has_segments
+        has_registers = self.config.early_state and self.config.compute_warpgroups == 2 and not self.has_segments
+        return has_registers and not self.is_all_full
+
+    @property
+    def is_all_full(self) -> bool:
+        """Whether every query surely sees every key of every tile."""
+        return not self.is_causal and not self.has_segments and self.num_keys % self.config.k_tile == 0
 
     @property
     def in_place(self) -> bool:
@@ -281,8 +287,10 @@ class _Worker:
         """One query head, from its first key tile to its output."""
         program, scratch, walk = self.program, self.program.scratch, self.program.walk
         carry = self.first_step(turn)
-        carry = lax.fori_loop(1, walk.partial, lambda i, c: self.step(turn, i, c, is_partial=True), carry)
-        first_full = jnp.maximum(walk.partial, 1)
+        first_full = jnp.int32(1)
+        if not program.block.is_all_full:
+            carry = lax.fori_loop(1, walk.partial, lambda i, c: self.step(turn, i, c, is_partial=True), carry)
+            first_full = jnp.maximum(walk.partial, 1)
         carry = lax.fori_loop(first_full, walk.steps, lambda i, c: self.step(turn, i, c, is_partial=False), carry)
         acc, softmax, weights = carry
         last_slot = program.slot((turn + 1) * walk.steps - 1)
@@ -351,7 +359,7 @@ class _Worker:
             is_partial = program.walk.partial > 0
             first = lax.cond(is_partial, lambda: attend(is_partial=True), lambda: attend(is_partial=False))
         else:
-            first = attend(is_partial=True)
+            first = attend(is_partial=not block.is_all_full)
         softmax, weights = first
         plgpu.barrier_wait(scratch.value_ready.at[slot])
         if block.has_state and block.heads > 1:
