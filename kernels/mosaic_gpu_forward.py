@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 
 from .contract import AttentionState, BlockMask
 from .mosaic_gpu_choices import ForwardConfig, forward_grid_order
+from .mosaic_gpu_forward_block import Block, Inputs, Scratch
 from .mosaic_gpu_inline import scale_rows_below_one
 from .mosaic_gpu_masks import MaskInputs, Walk, pad_last
 from .mosaic_gpu_primitives import (
@@ -35,103 +36,13 @@ from .mosaic_gpu_primitives import (
     across_columns,
     full,
     hidden_zero,
-    matrix_scratch,
-    one_place,
     scores,
     scores_while_accumulating,
     slot_of,
 )
 from .mosaic_gpu_softmax import LOG2_E, Softmax, merge_weights, normalizer
-from .tiles import TileRanges, key_ranges
+from .tiles import key_ranges
 from .varying import match_varying
-
-_LSE_SLOTS = 2
-
-
-class _Inputs(NamedTuple):
-    """Arrays (outside) or references (inside) that the kernel reads."""
-
-    query: Float[Array, "B T N H"]
-    key: Float[Array, "B S K H"]
-    value: Float[Array, "B S K H"]
-    mask: MaskInputs
-    ranges: TileRanges
-
-
-class _Scratch(NamedTuple):
-    """Shared memory and barriers of one program. `*_ready` count a copy's arrival, `*_free` the readers' leaving."""
-
-    # Queries, keys and values; and the output: the running one on its way in, and the new one on its way out.
-    tiles: Ref
-    # The running logsumexp of this head's rows and of the next one's.
-    lse: Ref
-    query_ready: Ref
-    key_ready: Ref
-    value_ready: Ref
-    output_ready: Ref
-    query_free: Ref
-    key_free: Ref
-    value_free: Ref
-    output_free: Ref
-
-    @property
-    def query(self) -> Ref:
-        return self.tiles[0][0]
-
-    @property
-    def key(self) -> Ref:
-        return self.tiles[0][1]
-
-    @property
-    def value(self) -> Ref:
-        return self.tiles[0][2]
-
-    @property
-    def output(self) -> Ref:
-        return self.tiles[1][0]
-
-    def rounded_output(self, warpgroup: jax.Array) -> Ref:
-        """Where a warpgroup's output lies in the inputs' dtype, in half of the place of its running output."""
-        return self.tiles[1][1].at[2 * warpgroup]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Block:
-    """Shapes and static choices of the kernel; `exponent_scale` turns products into powers of two."""
-
-    config: ForwardConfig
-    num_keys: int
-    num_row_tiles: int
-    # Query heads for one key/value head, and query heads in one program.
-    group: int
-    heads: int
-    head_dim: int
-    dtype: jnp.dtype
-    is_causal: bool
-    exponent_scale: float
-    has_segments: bool
-    has_state: bool
-    is_last: bool
-
-    @property
-    def can_skip_mask(self) -> bool:
-        """Whether a head's first tile is computed without the mask if it is full: elsewhere registers are short."""
-        has_registers = self.config.early_state and self.config.compute_warpgroups == 2 and not self.has_segments
-        return has_registers and not self.is_all_full
-
-    @property
-    def is_all_full(self) -> bool:
-        """Whether every query surely sees every key of every tile."""
-        return not self.is_causal and not self.has_segments and self.num_keys % self.config.k_tile == 0
-
-    @property
-    def in_place(self) -> bool:
-        return self.has_state and not self.is_last
-
-    @property
-    def is_rounded_merged(self) -> bool:
-        """Whether the new output is of another dtype than the running one, whose place it takes."""
-        return self.has_state and self.is_last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,18 +52,18 @@ class _Program:
     It takes `block.heads` query heads in turn. Copies of keys and values are numbered through all of its steps.
     """
 
-    block: _Block
+    block: Block
     inputs: Ref
     # The state as it was, or None, and the state to write; references, in place the same ones.
     old: Any
     new: Any
-    scratch: _Scratch
+    scratch: Scratch
     batch: jax.Array
     row_tile: jax.Array
     walk: Walk
 
     @classmethod
-    def here(cls, block: _Block, inputs: Ref, old: Any, new: Any, scratch: _Scratch) -> "_Program":
+    def here(cls, block: Block, inputs: Ref, old: Any, new: Any, scratch: Scratch) -> "_Program":
         batch = lax.axis_index("batch")
         # The last rows have the most keys in a causal block: they go first, so that the short ones fill the gaps.
         row_tile = block.num_row_tiles - 1 - lax.axis_index("row_tiles")
@@ -248,11 +159,7 @@ class _Program:
             plgpu.copy_gmem_to_smem(queries, scratch.query.at[warpgroup], ready)
             if self.old is not None:
                 lse = self.old.lse.at[self.batch, self.head(turn), rows]
-                plgpu.copy_gmem_to_smem(lse, scratch.lse.at[self.lse_slot(turn), warpgroup], ready)
-
-    def lse_slot(self, turn: jax.Array) -> jax.Array:
-        """The running logsumexps of two heads, for those of one are read after the next one's have been copied."""
-        return slot_of(turn, _LSE_SLOTS)
+                plgpu.copy_gmem_to_smem(lse, scratch.running_lse(turn, warpgroup), ready)
 
     def prepare_output(self, turn: jax.Array) -> None:
         """Copies the running output; without one, says that its place is free."""
@@ -311,7 +218,7 @@ class _Worker:
         if self.program.old is None:
             own, lse = normalizer(softmax)
             return own, None, lse
-        old_lse = self.program.scratch.lse.at[self.program.lse_slot(turn), self.warpgroup]
+        old_lse = self.program.scratch.running_lse(turn, self.warpgroup)
         result = merge_weights(softmax, plgpu.load(old_lse, layout=ROWS))
         if self.program.block.config.early_state:
             self.wait_for_output()
@@ -430,7 +337,7 @@ def attend(
     """
     batch, num_queries, num_heads, head_dim = query.shape
     row_tiles = -(-num_queries // config.q_tile)
-    block = _Block(
+    block = Block(
         config=config,
         num_keys=mask.k_positions.shape[-1],
         num_row_tiles=row_tiles,
@@ -447,7 +354,7 @@ def attend(
     grid = {"row_tiles": row_tiles, "heads": num_heads // block.heads, "batch": batch}
     order = forward_grid_order(mask.has_uneven_tiles, head_dim, math.prod(grid.values()))
     masks = MaskInputs.of(mask, config.q_tile, config.k_tile)
-    inputs = _Inputs(query, key, value, masks, key_ranges(mask, config.q_tile, config.k_tile))
+    inputs = Inputs(query, key, value, masks, key_ranges(mask, config.q_tile, config.k_tile))
     # Written in place, the state is given as references; otherwise it is read like the other inputs.
     padded = None if state is None else AttentionState(state.output, pad_last(state.lse, WARPGROUP_ROWS))
     leaves, treedef = jax.tree.flatten((inputs, None if block.in_place else padded))
@@ -460,12 +367,12 @@ def attend(
     def body(*refs, **scratch):
         inputs, old = jax.tree.unflatten(treedef, refs[: len(leaves)])
         new = AttentionState(*refs[len(leaves) :])
-        _Program.here(block, inputs, new if block.in_place else old, new, _Scratch(**scratch)).run()
+        _Program.here(block, inputs, new if block.in_place else old, new, Scratch(**scratch)).run()
 
     kernel = plgpu.kernel(
         body,
         out_type=() if block.in_place else new,
-        scratch_types=_scratch(block),
+        scratch_types=block.scratch_types(),
         grid=tuple(grid[name] for name in order),
         grid_names=order,
         num_threads=config.compute_warpgroups + 1,
@@ -480,26 +387,3 @@ def attend(
         result = match_varying(kernel(*leaves), like=query)
     output, lse = result
     return AttentionState(output.astype(query.dtype) if is_last else output, lse[..., :num_rows])
-
-
-def _scratch(block: _Block) -> dict:
-    config, head_dim = block.config, block.head_dim
-    warpgroups, stages = config.compute_warpgroups, config.stages
-    key_value = matrix_scratch((stages, config.k_tile, head_dim), block.dtype)
-    inputs = (matrix_scratch((warpgroups, WARPGROUP_ROWS, head_dim), block.dtype), key_value, key_value)
-    running_dtype = block.dtype if block.is_last and not block.has_state else jnp.float32
-    output = matrix_scratch((warpgroups, WARPGROUP_ROWS, head_dim), running_dtype)
-    rounded = matrix_scratch((2 * warpgroups, WARPGROUP_ROWS, head_dim), block.dtype)
-    outputs = one_place(output, rounded) if block.is_rounded_merged else (output,)
-    return _Scratch(
-        tiles=(inputs, outputs) if config.early_state else plgpu.RefUnion(inputs, outputs),
-        lse=plgpu.SMEM((_LSE_SLOTS, warpgroups, WARPGROUP_ROWS), jnp.float32),
-        query_ready=plgpu.Barrier(num_arrivals=2 if block.has_state else 1, num_barriers=warpgroups),
-        key_ready=plgpu.Barrier(num_barriers=stages),
-        value_ready=plgpu.Barrier(num_barriers=stages),
-        output_ready=plgpu.Barrier(num_barriers=warpgroups),
-        query_free=plgpu.Barrier(num_barriers=warpgroups),
-        key_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
-        value_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
-        output_free=plgpu.Barrier(num_barriers=warpgroups),
-    )._asdict()

@@ -15,14 +15,15 @@ from ring_jax.kernels import mosaic_gpu, mosaic_gpu_choices, mosaic_gpu_determin
 from ring_jax.kernels.contract import AttentionState, BlockMask
 from tests.block_cases import Case, arrays, blocks, failures
 
-# Tiles are 128 or 192 queries and 64 or 128 keys: these have full, partial and empty tiles, tails on both sides, and
-# every route through the kernels. One block is both first and last, and of three the middle one is merged in place; a
-# program takes one to three heads in turn. The interpreter takes seconds for each.
+# Tiles are 128 or 192 queries and 64 or 128 keys: these have full, partial and empty tiles, tails or none,
+# and every route through the kernels. One block is both first and last, and of three the middle one is merged in place;
+# a program takes one to three heads in turn. The interpreter takes seconds for each.
 CASES = [
     Case(queries=256, keys=256, heads=1, kv_heads=1, head_dim=64),
     Case(queries=136, keys=72, num_blocks=3, heads=2, kv_heads=1, head_dim=128),
     Case(queries=136, keys=136, num_blocks=1, heads=3, kv_heads=1, head_dim=128),
     Case(queries=200, keys=72, num_blocks=3, heads=2, kv_heads=2, head_dim=64, is_causal=False),
+    Case(queries=72, keys=256, num_blocks=3, heads=2, kv_heads=1, head_dim=128, is_causal=False),
     Case(queries=72, keys=136, heads=1, kv_heads=1, head_dim=64, has_segments=True, batch=2),
     Case(dtype="float16", queries=99, keys=77, heads=1, kv_heads=1, head_dim=96, is_causal=False),
     Case(queries=64, keys=64, heads=1, kv_heads=1, head_dim=40, shuffled=True),
