@@ -21,6 +21,11 @@ from .mosaic_gpu_primitives import ROWS, Ref, across_columns, is_interpreted
 _WGMMA = plgpu.Layout.WGMMA
 
 
+def _inline(arg_types: tuple[Any, ...], return_type: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`plgpu.inline_mgpu`, whose own type has it that what it decorates keeps its first argument."""
+    return plgpu.inline_mgpu(arg_types=arg_types, return_type=return_type)
+
+
 def exponents_below(
     products: Float32[Array, "rows columns"], maximum: Float32[Array, " rows"], factor: float, *, limit: float
 ) -> tuple[Float32[Array, "rows columns"], Float32[Array, " rows"], Float32[Array, " rows"]]:
@@ -45,7 +50,7 @@ def exponents_below(
         for shape, layout in ((products.shape, _WGMMA), (maximum.shape, ROWS))
     )
 
-    @plgpu.inline_mgpu(arg_types=(_WGMMA, ROWS), return_type=(matrix, row, row))
+    @_inline(arg_types=(_WGMMA, ROWS), return_type=(matrix, row, row))
     def compute(_ctx: Any, products: Any, maximum: Any) -> Any:
         zero, nothing = _constant(0.0), _constant(-np.inf)
         is_new = [arith.cmpf(arith.CmpFPredicate.OEQ, x, nothing) for x in _elements(maximum)]
@@ -89,9 +94,7 @@ def scale_rows_below_one(
     if is_interpreted():
         return matrix * across_columns(factors, matrix.shape)
 
-    @plgpu.inline_mgpu(
-        arg_types=(_WGMMA, ROWS), return_type=plgpu.ShapeDtypeStruct(matrix.shape, jnp.float32, layout=_WGMMA)
-    )
+    @_inline(arg_types=(_WGMMA, ROWS), return_type=plgpu.ShapeDtypeStruct(matrix.shape, jnp.float32, layout=_WGMMA))
     def scale(_ctx: Any, matrix: Any, factors: Any) -> Any:
         below = [arith.cmpf(arith.CmpFPredicate.ULT, x, _constant(1.0)) for x in _elements(factors)]
         return _if_any(arith.ori(*below), lambda: matrix * _across(factors, matrix), lambda: matrix)
@@ -114,7 +117,7 @@ def store_swapped(values: Float32[Array, "64 64"], buffer: Ref, *, keeps_address
     assert values.shape == buffer.shape == (64, 64)
     transforms = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
 
-    @plgpu.inline_mgpu(arg_types=(_WGMMA, plgpu.RefType(transforms)), return_type=None)
+    @_inline(arg_types=(_WGMMA, plgpu.RefType(transforms)), return_type=None)
     def store(_ctx: Any, values: Any, buffer: Any) -> None:
         i32 = ir.IntegerType.get_signless(32)
 
@@ -193,6 +196,7 @@ def _if_any(condition: Any, then: Callable[[], Any], otherwise: Callable[[], Any
     arrays, treedef = jax.tree.flatten(otherwise(), is_leaf=lambda x: isinstance(x, mgpu.FragmentedArray))
     result = scf.IfOp(anywhere, [r.type for x in arrays for r in x.registers.flat], has_else=True)
     for block, branch in ((result.then_block, then), (result.else_block, otherwise)):
+        assert block is not None
         with ir.InsertionPoint(block):
             leaves = jax.tree.leaves(branch(), is_leaf=lambda x: isinstance(x, mgpu.FragmentedArray))
             scf.yield_([r for x in leaves for r in x.registers.flat])

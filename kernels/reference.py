@@ -62,7 +62,7 @@ def reference_attention(
     batch, num_queries, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[2]
     group = num_heads // num_kv_heads
-    scale = work(head_dim**-0.5 if scale is None else scale)
+    factor = work(head_dim**-0.5 if scale is None else scale)
     q = np.asarray(query).astype(work).reshape(batch, num_queries, num_kv_heads, group, head_dim)
     k, v = np.asarray(key).astype(work), np.asarray(value).astype(work)
     d_o = np.zeros_like(q) if d_out is None else np.asarray(d_out).astype(work).reshape(q.shape)
@@ -70,7 +70,7 @@ def reference_attention(
     d_l = d_l.reshape(batch, num_kv_heads, group, num_queries)
 
     seen = np.broadcast_to(visible, (batch, *visible.shape[1:]))[:, None, None]
-    scores = np.where(seen, scale * np.einsum("btkgh,bskh->bkgts", q, k, optimize=True), -np.inf)
+    scores = np.where(seen, factor * np.einsum("btkgh,bskh->bkgts", q, k, optimize=True), -np.inf)
     top = scores.max(axis=-1, keepdims=True)
     exp = np.exp(scores - np.where(np.isneginf(top), work(0), top))
     total = exp.sum(axis=-1, keepdims=True)
@@ -82,8 +82,8 @@ def reference_attention(
     d_probs = np.einsum("btkgh,bskh->bkgts", d_o, v, optimize=True)
     delta = np.einsum("btkgh,btkgh->bkgt", d_o, output) - d_l
     d_scores = rounded(probs * (d_probs - delta[..., None]))
-    dq = scale * np.einsum("bkgts,bskh->btkgh", d_scores, k, optimize=True)
-    dk = scale * np.einsum("bkgts,btkgh->bskh", d_scores, q, optimize=True)
+    dq = factor * np.einsum("bkgts,bskh->btkgh", d_scores, k, optimize=True)
+    dk = factor * np.einsum("bkgts,btkgh->bskh", d_scores, q, optimize=True)
     dv = np.einsum("bkgts,btkgh->bskh", rounded(probs), d_o, optimize=True)
     return ReferenceResult(
         output.reshape(query.shape),

@@ -95,15 +95,14 @@ def forward(
     tile = block.tiles.forward
     ranges = key_ranges(mask, tile.q, tile.k)
     launch = functools.partial(block.launch, triton_kernels.forward_kernel, tile, ranges, query.shape[2])
-    in_place = state is not None and not is_last
 
     def run(refs: tuple[jax.Ref, jax.Ref]) -> None:
         launch(state=(None, None), refs=refs, HAS_STATE=True, IN_PLACE=True)
 
-    if in_place:
+    if state is not None and not is_last:
         return AttentionState(*pl.run_state(run)(tuple(state)))
     batch, num_queries, num_heads, _ = query.shape
-    new = AttentionState(
+    new = (
         jax.ShapeDtypeStruct(query.shape, query.dtype if is_last else jnp.float32),
         jax.ShapeDtypeStruct((batch, num_heads, num_queries), jnp.float32),
     )
@@ -184,7 +183,7 @@ class _Block:
         num_heads: int,
         rows: tuple[Array, ...] = (),
         *,
-        state: tuple[Array | None, ...] = (),
+        state: tuple[Any, ...] = (),
         refs: tuple[jax.Ref, ...] = (),
         out_type: Any = (),
         **flags: bool,
