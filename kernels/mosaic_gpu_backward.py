@@ -5,6 +5,9 @@ them, computes the transposed probabilities and their gradient, accumulates dV a
 score gradients in shared memory. One step later, when both warpgroups' score gradients are there, each computes half
 of the columns of dQ and has the copy engine add them to the float32 array in global memory (as FlashAttention-3 does,
 arXiv:2407.08608). Being a step behind keeps the warpgroups from waiting for each other. A third warpgroup copies tiles.
+
+Where all programs are equal and the last few would run alone, several programs share the steps of those key tiles, and
+the copy engine adds up their dK and dV too.
 """
 
 import dataclasses
@@ -19,7 +22,23 @@ from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from .contract import BlockMask, Gradients
-from .mosaic_gpu_choices import BACKWARD_WARPGROUPS, BackwardConfig, backward_grid_order, backward_tiles_apart
+from .mosaic_gpu_backward_block import (
+    Block,
+    Inputs,
+    Outputs,
+    Scratch,
+    Share,
+    first_shared_tile,
+    place_and_share,
+    scratch_types,
+)
+from .mosaic_gpu_choices import (
+    BACKWARD_WARPGROUPS,
+    BackwardConfig,
+    backward_grid_order,
+    backward_split,
+    backward_tiles_apart,
+)
 from .mosaic_gpu_inline import store_swapped, swap_columns
 from .mosaic_gpu_masks import MaskInputs, Walk
 from .mosaic_gpu_primitives import (
@@ -31,84 +50,14 @@ from .mosaic_gpu_primitives import (
     add_to_gmem,
     full,
     hidden_zero,
-    matrix_scratch,
     slot_of,
     sum_of_products,
     two_scores,
 )
-from .tiles import TileRanges, query_ranges
+from .tiles import query_ranges
 
 _LOG2_E = math.log2(math.e)
 _PRODUCER_REGISTERS, _COMPUTE_REGISTERS = 24, 240
-
-
-class BackwardInputs(NamedTuple):
-    """Arrays (outside) or references (inside) that the kernel reads."""
-
-    query: Float[Array, "B T N H"]
-    key: Float[Array, "B S K H"]
-    value: Float[Array, "B S K H"]
-    d_out: Float[Array, "B T N H"]
-    lse: Float32[Array, "B N T"]
-    delta: Float32[Array, "B N T"]
-    mask: MaskInputs
-    ranges: TileRanges
-
-
-class _Scratch(NamedTuple):
-    """Shared memory and barriers of one program. `*_ready` count a copy's arrival, `*_free` the readers' leaving."""
-
-    key: Ref
-    value: Ref
-    # The query-side tiles, or after the last step the gradients on their way out.
-    tiles: Ref
-    statistics: Ref
-    d_scores: Ref
-    d_query: Ref
-    key_ready: Ref
-    query_ready: Ref
-    d_out_ready: Ref
-    tiles_free: Ref
-    d_scores_ready: Ref
-    d_scores_free: Ref
-    turn: Ref
-    all_done: Ref
-
-    @property
-    def query(self) -> Ref:
-        return self.tiles[0][0]
-
-    @property
-    def d_out(self) -> Ref:
-        return self.tiles[0][1]
-
-    @property
-    def gradient(self) -> Ref:
-        return self.tiles[1]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Block:
-    """Shapes and static choices of the kernel."""
-
-    config: BackwardConfig
-    num_queries: int
-    num_keys: int
-    group: int
-    head_dim: int
-    dtype: jnp.dtype
-    gradient_dtype: jnp.dtype
-    is_causal: bool
-    # By how many query tiles programs beside each other begin apart; documents part them by themselves.
-    tiles_apart: int
-    scale: float
-
-    @property
-    def d_query_part(self) -> tuple[int, int]:
-        """Rows and columns of dQ that one warpgroup computes in a step."""
-        if self.config.q_tile == WARPGROUP_ROWS:
-            return self.config.q_tile, self.head_dim // BACKWARD_WARPGROUPS
-        return self.config.q_tile // BACKWARD_WARPGROUPS, self.head_dim
 
 
 class _Place(NamedTuple):
@@ -125,25 +74,43 @@ class _Place(NamedTuple):
 class _Program:
     """One program of the grid: its tile of keys, the query tiles that see it, and what its warpgroups share."""
 
-    block: _Block
+    block: Block
     inputs: Ref
     dq: Ref
-    scratch: _Scratch
+    scratch: Scratch
     batch: jax.Array
     kv_head: jax.Array
     key_tile: jax.Array
+    # Where any key tile's steps are shared by several programs.
+    share: Share | None
     walk: Walk
 
     @classmethod
-    def here(cls, block: _Block, inputs: Ref, dq: Ref, scratch: _Scratch) -> "_Program":
-        batch, kv_head, key_tile = (lax.axis_index(name) for name in ("batch", "kv_heads", "key_tiles"))
+    def here(cls, block: Block, inputs: Ref, dq: Ref, scratch: Scratch) -> "_Program":
+        if block.split is None:
+            batch, kv_head, key_tile = (lax.axis_index(name) for name in ("batch", "kv_heads", "key_tiles"))
+            share = None
+        else:
+            batch, kv_head, key_tile, share = place_and_share(block, inputs)
         walk = Walk.read(inputs.ranges, inputs.mask, batch, key_tile)
-        return cls(block, inputs, dq, scratch, batch, kv_head, key_tile, walk)
+        return cls(block, inputs, dq, scratch, batch, kv_head, key_tile, share, walk)
+
+    @property
+    def all_steps(self) -> jax.Array:
+        """Query tiles that see this key tile, those of all query heads of the group together."""
+        return self.walk.steps * self.block.group
+
+    @property
+    def first_step(self) -> jax.Array | int:
+        """The first of those steps that is this program's."""
+        return 0 if self.share is None else self.all_steps * self.share.piece // self.share.pieces
 
     @property
     def steps(self) -> jax.Array:
-        """Query tiles to visit, those of all query heads of the group together."""
-        return self.walk.steps * self.block.group
+        """How many of those steps are this program's."""
+        if self.share is None:
+            return self.all_steps
+        return self.all_steps * (self.share.piece + 1) // self.share.pieces - self.first_step
 
     def keys(self, warpgroup: jax.Array | int) -> pl.Slice:
         """The keys that a warpgroup holds."""
@@ -151,8 +118,9 @@ class _Program:
 
     @property
     def partial_steps(self) -> jax.Array:
-        """How many of the steps, the first ones, need the mask."""
-        return self.walk.partial * self.block.group
+        """How many of this program's steps, the first ones, need the mask."""
+        partial = self.walk.partial * self.block.group
+        return partial if self.share is None else jnp.clip(partial - self.first_step, 0, self.steps)
 
     @property
     def first_full(self) -> jax.Array:
@@ -168,8 +136,14 @@ class _Program:
         return walk.full_start + lax.rem(self.key_tile * self.block.tiles_apart, num_full)
 
     def begin(self, is_partial: bool) -> _Place:
-        """The first place among the partial or the full tiles."""
-        return _Place(jnp.int32(0), jnp.int32(0) if is_partial else self.first_full)
+        """This program's first place among the partial or the full tiles."""
+        walk, first = self.walk, jnp.int32(0) if is_partial else self.first_full
+        if self.share is None:
+            return _Place(jnp.int32(0), first)
+        start, end = (first, walk.partial) if is_partial else (walk.full_start, walk.full_end)
+        step = self.first_step - (0 if is_partial else walk.partial * self.block.group)
+        tiles, step = jnp.maximum(end - start, 1), jnp.maximum(step, 0)
+        return _Place(step // tiles, start + lax.rem(first - start + step, tiles))
 
     def tile(self, place: _Place, is_partial: bool) -> jax.Array:
         """The query tile of a place."""
@@ -192,7 +166,7 @@ class _Program:
         def _(slot):
             plgpu.barrier_wait(barriers.at[slot])
 
-    def run(self, dk: Ref, dv: Ref) -> None:
+    def run(self, outputs: Outputs) -> None:
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup == BACKWARD_WARPGROUPS)
@@ -203,7 +177,7 @@ class _Program:
         @pl.when(warpgroup < BACKWARD_WARPGROUPS)
         def _compute():
             plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
-            _Worker(self, warpgroup).run(dk, dv)
+            _Worker(self, warpgroup).run(outputs)
 
     def produce(self) -> None:
         """The third warpgroup's part: copies keys and values once, and the query side of every step."""
@@ -265,7 +239,7 @@ class _Worker:
     def give_turn(self) -> None:
         plgpu.barrier_arrive(self.program.scratch.turn.at[1 - self.warpgroup])
 
-    def run(self, dk: Ref, dv: Ref) -> None:
+    def run(self, outputs: Outputs) -> None:
         program, scratch = self.program, self.program.scratch
         plgpu.barrier_wait(scratch.key_ready.at[self.warpgroup])
         zero = full((WARPGROUP_ROWS, program.block.head_dim), 0)
@@ -291,12 +265,36 @@ class _Worker:
         # The other warpgroup may still be reading the tiles that the gradients go out through.
         plgpu.barrier_arrive(scratch.all_done)
         plgpu.barrier_wait(scratch.all_done)
-        buffer = scratch.gradient.at[self.warpgroup]
-        for target, gradient in ((dv, carry.dv), (dk, carry.dk * program.block.scale)):
+        gradients = (carry.dk * program.block.scale, carry.dv)
+        if (share := program.share) is None:
+            self.store(gradients, outputs)
+            return
+        pl.when(share.pieces > 1)(lambda: self.add(gradients, share, outputs))
+        pl.when(share.pieces == 1)(lambda: self.store(gradients, outputs))
+
+    def store(self, gradients: tuple[jax.Array, jax.Array], outputs: Outputs) -> None:
+        """Copies this warpgroup's half of dK and dV out."""
+        program = self.program
+        buffer = program.scratch.gradient.at[self.warpgroup]
+        for target, gradient in zip((outputs.dv, outputs.dk), gradients[::-1], strict=True):
             buffer[...] = gradient.astype(buffer.dtype)
             plgpu.commit_smem()
             where = (program.batch, program.keys(self.warpgroup), program.kv_head)
             plgpu.copy_smem_to_gmem(buffer, target.at[where])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def add(self, gradients: tuple[jax.Array, jax.Array], share: Share, outputs: Outputs) -> None:
+        """Adds this warpgroup's half of a share of dK and dV to those of the other programs of this key tile."""
+        program = self.program
+        buffer = program.scratch.gradient_share.at[self.warpgroup]
+        assert outputs.shared is not None
+        first_row = (share.tile * BACKWARD_WARPGROUPS + self.warpgroup) * WARPGROUP_ROWS
+        num_rows = outputs.shared.shape[1]
+        for i, gradient in reversed(list(enumerate(gradients))):
+            buffer[...] = gradient
+            plgpu.commit_smem()
+            where = (i * outputs.dk.shape[0] + program.batch, 0, pl.ds(0, program.block.head_dim))
+            add_to_gmem(buffer, outputs.shared, where, first_row, num_rows)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def step(self, step: jax.Array, carry: "_Carry", *, is_partial: bool) -> "_Carry":
@@ -410,35 +408,46 @@ def differentiate(
     batch, num_queries, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[2]
     group = num_heads // num_kv_heads
-    grid = {"kv_heads": num_kv_heads, "key_tiles": -(-key.shape[1] // config.k_tile), "batch": batch}
+    key_tiles = -(-key.shape[1] // config.k_tile)
+    num_steps = group * -(-num_queries // config.q_tile)
+    grid = {"kv_heads": num_kv_heads, "key_tiles": key_tiles, "batch": batch}
     order = backward_grid_order(mask.has_uneven_tiles, math.prod(grid.values()))
     is_apart = order[0] == "kv_heads" and mask.q_segment_ids is None
-    block = _Block(
+    split = (
+        backward_split(mask, num_kv_heads, key_tiles, batch, num_steps) if key.shape[1] % config.k_tile == 0 else None
+    )
+    if split is not None:
+        order = ("programs",)
+        grid = {"programs": math.prod(grid.values()) + batch * split.key_tiles * (split.pieces - 1)}
+    block = Block(
         config=config,
         num_queries=num_queries,
         num_keys=mask.k_positions.shape[-1],
+        key_tiles=key_tiles,
         group=group,
         head_dim=head_dim,
         dtype=query.dtype,
         gradient_dtype=key.dtype if is_only else jnp.dtype(jnp.float32),
         is_causal=mask.is_causal,
-        tiles_apart=backward_tiles_apart(mask, group * -(-num_queries // config.q_tile)) if is_apart else 0,
+        tiles_apart=backward_tiles_apart(mask, num_steps) if is_apart else 0,
         scale=scale,
+        split=split,
     )
     masks = MaskInputs.of(mask, config.q_tile, config.k_tile)
     ranges = query_ranges(mask, config.q_tile, config.k_tile)
-    leaves, treedef = jax.tree.flatten(BackwardInputs(query, key, value, d_out, lse, delta, masks, ranges))
+    first_shared = None if split is None else first_shared_tile(mask, ranges, split)
+    leaves, treedef = jax.tree.flatten(Inputs(query, key, value, d_out, lse, delta, masks, ranges, first_shared))
 
     def body(*refs, **scratch):
-        *input_refs, dq_ref, dk_ref, dv_ref = refs
-        inputs = jax.tree.unflatten(treedef, input_refs)
-        _Program.here(block, inputs, dq_ref, _Scratch(**scratch)).run(dk_ref, dv_ref)
+        inputs, (dq_ref, *shared), gradients = refs[: len(leaves)], refs[len(leaves) : -2], refs[-2:]
+        inputs = jax.tree.unflatten(treedef, inputs)
+        _Program.here(block, inputs, dq_ref, Scratch(**scratch)).run(Outputs(*gradients, *shared))
 
     gradient = jax.ShapeDtypeStruct(key.shape, block.gradient_dtype)
     kernel = plgpu.kernel(
         body,
         out_type=(gradient, gradient),
-        scratch_types=_scratch(block),
+        scratch_types=scratch_types(block),
         grid=tuple(grid[name] for name in order),
         grid_names=order,
         num_threads=BACKWARD_WARPGROUPS + 1,
@@ -448,39 +457,24 @@ def differentiate(
     )
 
     def run(refs):
-        dq_ref, dk_ref, dv_ref = refs
-        dk_ref[...], dv_ref[...] = kernel(*leaves, dq_ref)
+        dq_ref, dk_ref, dv_ref, *shared = refs
+        dk_ref[...], dv_ref[...] = kernel(*leaves, dq_ref, *shared)
 
     empty = jnp.empty(gradient.shape, gradient.dtype)
-    return Gradients(*pl.run_state(run)((dq, empty, empty)))
+    if split is None:
+        return Gradients(*pl.run_state(run)((dq, empty, empty)))
+    assert first_shared is not None
+    zeros = jnp.zeros((2 * batch, split.key_tiles * config.k_tile, 1, head_dim), jnp.float32)
+    dq, dk, dv, shared = pl.run_state(run)((dq, empty, empty, zeros))
+    place = (0, first_shared[0] * config.k_tile, num_kv_heads - 1, 0)
+    dk, dv = (
+        lax.dynamic_update_slice(x, of_last.astype(x.dtype), place)
+        for x, of_last in zip((dk, dv), jnp.split(shared, 2), strict=True)
+    )
+    return Gradients(dq, dk, dv)
 
 
 def in_order(dq: Float32[Array, "B T N H"], scale: float) -> Float32[Array, "B T N H"]:
     """The gradient of the queries, from what the kernels of all blocks have added up: put in order, and scaled."""
     is_odd = jnp.arange(dq.shape[1]) % 2 == 1
     return swap_columns(dq, is_odd[:, None, None]) * scale
-
-
-def _scratch(block: _Block) -> dict:
-    config, head_dim = block.config, block.head_dim
-    warpgroups, stages = BACKWARD_WARPGROUPS, config.stages
-    key_value = matrix_scratch((warpgroups, WARPGROUP_ROWS, head_dim), block.dtype)
-    query = matrix_scratch((stages, config.q_tile, head_dim), block.dtype)
-    return _Scratch(
-        key=key_value,
-        value=key_value,
-        tiles=plgpu.RefUnion(
-            (query, query), matrix_scratch((warpgroups, WARPGROUP_ROWS, head_dim), block.gradient_dtype)
-        ),
-        statistics=plgpu.SMEM((stages, 2, config.q_tile), jnp.float32),
-        d_scores=matrix_scratch((stages, warpgroups, WARPGROUP_ROWS, config.q_tile), block.dtype),
-        d_query=matrix_scratch((warpgroups, *block.d_query_part), jnp.float32),
-        key_ready=plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups),
-        query_ready=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        d_out_ready=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        tiles_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
-        d_scores_ready=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
-        d_scores_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
-        turn=plgpu.Barrier(num_barriers=warpgroups),
-        all_done=plgpu.Barrier(num_arrivals=warpgroups),
-    )._asdict()

@@ -11,6 +11,12 @@ from .mosaic_gpu_primitives import WARPGROUP_ROWS
 BACKWARD_WARPGROUPS = 2
 # Programs under a causal mask are unequal. From this many on, one head after the other is faster all the same.
 _MANY_PROGRAMS = 1024
+# Programs that run at a time on an H100 SXM or an H200, one for each multiprocessor.
+_MULTIPROCESSORS = 132
+# As many steps take about as long as what a program of the backward kernel does before its first and after its last
+# one, and as many as zeros for shared gradients and putting them in their place.
+_BACKWARD_OVERHEAD = 4
+_SHARING_OVERHEAD = 16
 # What a program of one head loses at its beginning and end is less than 1 % of the time that so many keys take.
 _MANY_KEYS = 32768
 
@@ -95,6 +101,50 @@ class BackwardConfig:
         return BACKWARD_WARPGROUPS * WARPGROUP_ROWS
 
 
+@dataclasses.dataclass(frozen=True)
+class BackwardSplit:
+    """Key tiles of the last head, the last `key_tiles` that are seen: `pieces` programs share the steps of each."""
+
+    key_tiles: int
+    pieces: int
+
+
+def backward_split(mask: BlockMask, num_heads: int, key_tiles: int, batch: int, num_steps: int) -> BackwardSplit | None:
+    """How the last of equal programs are split, so that no multiprocessor rests while a few of them end.
+
+    A program is a key tile of one of `num_heads` key heads, up to `num_steps` long. What is left over when all
+    multiprocessors have had equally many is split, if that saves more than 1 % of the time. A block off the diagonal is
+    half full: all keys are seen by half of the queries, or half of the keys by all of them.
+    """
+    if mask.has_uneven_tiles or mask.q_segment_ids is not None:
+        return None
+    if not mask.is_causal:
+        return _split_of_equals(num_heads, key_tiles, batch, num_steps)
+    of_all = _split_of_equals(num_heads, key_tiles, batch, num_steps // 2)
+    of_half = _split_of_equals(num_heads, key_tiles // 2, batch, num_steps)
+    if of_all is None or of_half is None:
+        return of_all or of_half
+    return BackwardSplit(max(of_all.key_tiles, of_half.key_tiles), max(of_all.pieces, of_half.pieces))
+
+
+def _split_of_equals(num_heads: int, key_tiles: int, batch: int, num_steps: int) -> BackwardSplit | None:
+    num_programs = num_heads * key_tiles * batch
+    left_over = num_programs % _MULTIPROCESSORS
+    tiles = -(-left_over // batch)
+    if not left_over or tiles > key_tiles:
+        return None
+
+    def steps_of(pieces: int) -> float:
+        """Steps that one multiprocessor after another does of the last programs, each of so many pieces."""
+        rounds = -(-tiles * batch * pieces // _MULTIPROCESSORS)
+        return rounds * (num_steps / pieces + _BACKWARD_OVERHEAD)
+
+    pieces = min(range(1, 1 + max(1, min(_MULTIPROCESSORS, num_steps))), key=steps_of)
+    all_steps = -(-num_programs // _MULTIPROCESSORS) * (num_steps + _BACKWARD_OVERHEAD)
+    saved = steps_of(1) - steps_of(pieces) - _SHARING_OVERHEAD
+    return BackwardSplit(tiles, pieces) if saved > all_steps / 100 else None
+
+
 def default_backward_config(head_dim: int) -> BackwardConfig:
     """What is used for a head dim of 64 or 128."""
     return BackwardConfig(q_tile=128 if head_dim == 64 else 64)
@@ -128,8 +178,10 @@ def backward_tiles_apart(mask: BlockMask, num_steps: int) -> int:
 
     The farther apart, the rarer two programs add to one tile of dQ at once, but the more of the queries is in use at a
     time: once that is more than the L2 cache holds, it costs more than it saves. `num_steps` are the query tiles of a
-    program, those of all its heads together; 2 to 6 apart were within 1 % where there are few.
+    program, those of all its heads together; 2 to 6 apart were within 1 % where there are few of them.
     """
     if mask.has_uneven_tiles:
         return 1 if num_steps >= 1024 else 4
-    return 2 if mask.is_causal or num_steps >= 2048 else 4
+    if mask.is_causal:
+        return 2
+    return 8 if num_steps >= 1024 else 4

@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from .contract import BlockMask
-from .mosaic_gpu_backward import BackwardInputs
+from .mosaic_gpu_backward_block import Inputs
 from .mosaic_gpu_masks import MaskInputs, Walk, pad_last
 from .mosaic_gpu_primitives import (
     COLUMNS,
@@ -121,7 +121,7 @@ def _pass_by(scratch: _Tiles, steps, copy) -> None:
         plgpu.barrier_wait(scratch.column_free.at[slot])
 
 
-def _kernel(body, name: str, inputs: BackwardInputs, out_type, scratch: dict, grid: tuple[int, int, int]):
+def _kernel(body, name: str, inputs: Inputs, out_type, scratch: dict, grid: tuple[int, int, int]):
     """`body(inputs, outputs, scratch)` as a function of the leaves of `inputs` and of references updated in place."""
     leaves, treedef = jax.tree.flatten(inputs)
 
@@ -158,7 +158,7 @@ def differentiate_keys(
     block = _Block.of(query, key, mask, scale, column_tile=64)
     masks = MaskInputs.of(mask, block.column_tile, WARPGROUP_ROWS)
     ranges = query_ranges(mask, block.column_tile, WARPGROUP_ROWS)
-    inputs = BackwardInputs(query, key, value, d_out, lse, delta, masks, ranges)
+    inputs = Inputs(query, key, value, d_out, lse, delta, masks, ranges)
 
     def body(inputs, outputs, scratch):
         batch, kv_head, key_tile = (lax.axis_index(name) for name in ("batch", "heads", "row_tiles"))
@@ -268,7 +268,7 @@ def differentiate_queries(
     masks = MaskInputs.of(mask, WARPGROUP_ROWS, block.column_tile)
     ranges = key_ranges(mask, WARPGROUP_ROWS, block.column_tile)
     lse, delta = (pad_last(x, WARPGROUP_ROWS) for x in (lse, delta))
-    inputs = BackwardInputs(query, key, value, d_out, lse, delta, masks, ranges)
+    inputs = Inputs(query, key, value, d_out, lse, delta, masks, ranges)
     row_tiles = -(-query.shape[1] // WARPGROUP_ROWS)
 
     def body(inputs, outputs, scratch):

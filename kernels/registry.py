@@ -67,7 +67,7 @@ class Target:
     is_compile_only: bool = False
 
     @classmethod
-    def of_device(cls, device: jax.Device) -> "Target":
+    def of_device(cls, device: jax.Device) -> "Target":  # pyright: ignore[reportInvalidTypeForm]  (see _exists)
         """The target that a device of the mesh is; compile-only devices included."""
         return cls(device.platform, device.device_kind, compute_capability(device), not _exists(device))
 
@@ -78,7 +78,7 @@ class Target:
         return cls(platform, device_kind, next(known, None) if platform == "gpu" else None, is_compile_only=True)
 
 
-def _exists(device: jax.Device) -> bool:
+def _exists(device: jax.Device) -> bool:  # pyright: ignore[reportInvalidTypeForm]  (jax's stubs have it as a variable)
     """Whether the device is one of this program's processes, on any platform, and not only described."""
     try:
         return device in jax.devices(device.platform)
@@ -126,7 +126,7 @@ def has_fused_backward(implementation: str, head_dim: int) -> bool:
     """Whether one kernel computes dQ, dK and dV, so that dK and dV are there no sooner than dQ.
 
     Then the ring must leave a part of a device's own block for last, to have something to hide its last hop. Such a
-    kernel adds the shares of dQ in no fixed order.
+    kernel adds shares of gradients in no fixed order.
     """
     return implementation == "mosaic_gpu" and head_dim <= _module(implementation).MAX_FUSED_HEAD_DIM
 
@@ -180,9 +180,7 @@ def _unsupported_reason(implementation: str, need: Need) -> str | None:
     if reason is None and need.check_vma and not works_with_check_vma(implementation):
         return "it cannot stand inside jax.shard_map(check_vma=True): pass check_vma=False there"
     if reason is None and has_fused_backward(implementation, need.head_dim) and _wants_determinism():
-        return (
-            "XLA_FLAGS forbids results that differ between two runs, and its backward pass adds to dQ in no fixed order"
-        )
+        return "XLA_FLAGS forbids results that differ between two runs, and its backward pass adds in no fixed order"
     if reason is None and implementation in _MOSAIC and not need.target.is_compile_only:
         return miscompiling_reason()
     return reason

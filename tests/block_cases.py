@@ -38,6 +38,8 @@ class Case:
     shuffled: bool = False
     # Keys larger and larger, so that the rows' maxima rise by more than any slack again and again.
     rising: bool = False
+    # Whether the masks say that queries that see any key see equally many.
+    is_even: bool = False
     # Whether the masks hold the positions of all blocks, and say which one is meant.
     by_index: bool = False
 
@@ -47,6 +49,7 @@ class Case:
             + "-docs" * self.has_segments
             + "-shuffled" * self.shuffled
             + "-rising" * self.rising
+            + "-even" * self.is_even
             + "-by-index" * self.by_index
         )
         sizes = f"B{self.batch}T{self.queries}S{self.keys}N{self.heads}K{self.kv_heads}H{self.head_dim}"
@@ -186,13 +189,14 @@ def _mask(case: Case, data: dict[str, Any], span: slice) -> BlockMask:
     if case.by_index:
         k_positions = data["k_positions"].reshape(case.num_blocks, case.keys)
         block = jnp.int32(span.start // case.keys)
-        return BlockMask(data["q_positions"], k_positions, None, None, case.is_causal, block)
+        return BlockMask(data["q_positions"], k_positions, None, None, case.is_causal, block, case.is_even)
     return BlockMask(
         data["q_positions"],
         data["k_positions"][span],
         data["q_segment_ids"],
         None if k_segment_ids is None else k_segment_ids[:, span],
         case.is_causal,
+        is_even=case.is_even,
     )
 
 

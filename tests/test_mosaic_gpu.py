@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.registers import compile_mosaic
 from ring_jax.cluster import compile_only_devices
-from ring_jax.kernels import mosaic_gpu, mosaic_gpu_choices, mosaic_gpu_deterministic
+from ring_jax.kernels import mosaic_gpu, mosaic_gpu_backward, mosaic_gpu_choices, mosaic_gpu_deterministic
 from ring_jax.kernels.contract import AttentionState, BlockMask
 from tests.block_cases import Case, arrays, blocks, failures
 
@@ -53,6 +53,36 @@ def test_two_pass_backward_agrees_with_the_oracle_without_races(case, capfd):
         found = blocks(case)(mosaic_gpu_deterministic, arrays(case))
     assert failures(case, {name: np.asarray(value) for name, value in found.items()}) == []
     assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(queries=200, keys=384, num_blocks=1, heads=2, kv_heads=1, head_dim=128, is_causal=False),
+        Case(queries=200, keys=256, heads=2, kv_heads=2, head_dim=64, is_causal=False, batch=2),
+        Case(queries=200, keys=384, heads=1, kv_heads=1, head_dim=128, is_even=True),
+        Case(queries=200, keys=384, heads=1, kv_heads=1, head_dim=128, is_even=True, by_index=True),
+    ],
+    ids=str,
+)
+def test_key_tiles_shared_by_programs_agree_with_the_oracle_without_races(case, capfd, monkeypatch):
+    """Of 3 programs on 2 multiprocessors, and of 8 on 6, some are left over: tiles of the last head, the last seen."""
+    splits = []
+
+    def split(*args):
+        splits.append(mosaic_gpu_choices.backward_split(*args))
+        return splits[-1]
+
+    monkeypatch.setattr(mosaic_gpu_choices, "_MULTIPROCESSORS", 2 if case.batch == 1 else 6)
+    for name in ("_BACKWARD_OVERHEAD", "_SHARING_OVERHEAD"):
+        monkeypatch.setattr(mosaic_gpu_choices, name, 0)
+    monkeypatch.setattr(mosaic_gpu_backward, "backward_split", split)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        found = blocks(case)(mosaic_gpu, arrays(case))
+    assert splits
+    assert all(split.key_tiles == 1 and split.pieces > 1 for split in splits)
+    assert failures(case, {name: np.asarray(value) for name, value in found.items()}) == []
+    assert _races(capfd.readouterr().out) == []
 
 
 @pytest.mark.parametrize("kernel", [mosaic_gpu, mosaic_gpu_deterministic])

@@ -1,0 +1,172 @@
+"""What a program of the fused backward kernel on Hopper works on: arrays, shared memory, and static choices."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int32
+
+from .contract import BlockMask
+from .mosaic_gpu_choices import BACKWARD_WARPGROUPS, BackwardConfig, BackwardSplit
+from .mosaic_gpu_masks import MaskInputs
+from .mosaic_gpu_primitives import WARPGROUP_ROWS, Ref, matrix_scratch
+from .tiles import TileRanges
+
+
+class Inputs(NamedTuple):
+    """Arrays (outside) or references (inside) that the kernel reads."""
+
+    query: Float[Array, "B T N H"]
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S K H"]
+    d_out: Float[Array, "B T N H"]
+    lse: Float32[Array, "B N T"]
+    delta: Float32[Array, "B N T"]
+    mask: MaskInputs
+    ranges: TileRanges
+    # The first of the last key head's tiles whose steps are shared, where there are such tiles.
+    first_shared: Int32[Array, "1"] | None = None
+
+
+class Outputs(NamedTuple):
+    """Where the gradients of keys and values go.
+
+    Those of key tiles whose steps are shared are added up in `shared`: dK of each entry of the batch, then dV of each.
+    They are one array, for XLA may take two equal ones for one, which is right only as long as nobody adds to them.
+    """
+
+    dk: Ref
+    dv: Ref
+    shared: Ref | None = None
+
+
+class Scratch(NamedTuple):
+    """Shared memory and barriers of one program. `*_ready` count a copy's arrival, `*_free` the readers' leaving."""
+
+    key: Ref
+    value: Ref
+    # The query-side tiles, or after the last step the gradients on their way out.
+    tiles: Ref
+    statistics: Ref
+    d_scores: Ref
+    d_query: Ref
+    key_ready: Ref
+    query_ready: Ref
+    d_out_ready: Ref
+    tiles_free: Ref
+    d_scores_ready: Ref
+    d_scores_free: Ref
+    turn: Ref
+    all_done: Ref
+
+    @property
+    def query(self) -> Ref:
+        return self.tiles[0][0]
+
+    @property
+    def d_out(self) -> Ref:
+        return self.tiles[0][1]
+
+    @property
+    def gradient(self) -> Ref:
+        return self.tiles[1]
+
+    @property
+    def gradient_share(self) -> Ref:
+        return self.tiles[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Shapes and static choices of the kernel."""
+
+    config: BackwardConfig
+    num_queries: int
+    num_keys: int
+    key_tiles: int
+    group: int
+    head_dim: int
+    dtype: jnp.dtype
+    gradient_dtype: jnp.dtype
+    is_causal: bool
+    # By how many query tiles programs beside each other begin apart; documents part them by themselves.
+    tiles_apart: int
+    scale: float
+    split: BackwardSplit | None
+
+    @property
+    def d_query_part(self) -> tuple[int, int]:
+        """Rows and columns of dQ that one warpgroup computes in a step."""
+        if self.config.q_tile == WARPGROUP_ROWS:
+            return self.config.q_tile, self.head_dim // BACKWARD_WARPGROUPS
+        return self.config.q_tile // BACKWARD_WARPGROUPS, self.head_dim
+
+
+class Share(NamedTuple):
+    """A program's share of its key tile's steps: one of `pieces`, 1 where they are not shared.
+
+    `tile` is the key tile's place among those that are shared.
+    """
+
+    piece: jax.Array | int
+    pieces: jax.Array | int
+    tile: jax.Array | int
+
+
+def first_shared_tile(mask: BlockMask, ranges: TileRanges, split: BackwardSplit) -> Int32[Array, "1"]:
+    """The first of the key tiles whose steps are shared, which are the last ones that any query sees."""
+    seen = ranges.end > ranges.start if mask.block is None else (ranges.end > ranges.start)[mask.block]
+    last = jnp.max(jnp.where(seen, jnp.arange(1, 1 + seen.shape[-1], dtype=jnp.int32), 0))
+    return jnp.maximum(last - split.key_tiles, 0)[None]
+
+
+def place_and_share(block: Block, inputs: Ref) -> tuple[jax.Array, jax.Array, jax.Array, Share]:
+    """A program's entry of the batch, key head, key tile and share, where some key tiles' steps are shared.
+
+    The grid has one dim. It ends with the pieces of those tiles: those of one tile far apart, those of the tiles beside
+    it side by side.
+    """
+    split, (batch, _, num_kv_heads, _) = block.split, inputs.key.shape
+    assert split is not None
+    program = lax.axis_index("programs")
+    shared = split.key_tiles * batch
+    first_shared = ((num_kv_heads - 1) * block.key_tiles + inputs.first_shared[0]) * batch
+    piece = program - (num_kv_heads * block.key_tiles * batch - shared)
+    is_whole, tile = piece < 0, lax.rem(piece, shared)
+    row = jnp.where(is_whole, jnp.where(program < first_shared, program, program + shared), first_shared + tile)
+    share = Share(
+        jnp.where(is_whole, 0, piece // shared),
+        jnp.where(is_whole, 1, split.pieces),
+        jnp.where(is_whole, 0, tile // batch),
+    )
+    key_tile = lax.rem(row // batch, block.key_tiles)
+    return lax.rem(row, batch), row // (batch * block.key_tiles), key_tile, share
+
+
+def scratch_types(block: Block) -> dict:
+    """The kernel's `Scratch`, by name."""
+    config, head_dim = block.config, block.head_dim
+    warpgroups, stages = BACKWARD_WARPGROUPS, config.stages
+    key_value = matrix_scratch((warpgroups, WARPGROUP_ROWS, head_dim), block.dtype)
+    query = matrix_scratch((stages, config.q_tile, head_dim), block.dtype)
+    dtypes = (block.gradient_dtype, jnp.float32) if block.split else (block.gradient_dtype,)
+    gradients = (matrix_scratch((warpgroups, WARPGROUP_ROWS, head_dim), dtype) for dtype in dtypes)
+    return Scratch(
+        key=key_value,
+        value=key_value,
+        tiles=plgpu.RefUnion((query, query), *gradients),
+        statistics=plgpu.SMEM((stages, 2, config.q_tile), jnp.float32),
+        d_scores=matrix_scratch((stages, warpgroups, WARPGROUP_ROWS, config.q_tile), block.dtype),
+        d_query=matrix_scratch((warpgroups, *block.d_query_part), jnp.float32),
+        key_ready=plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups),
+        query_ready=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        d_out_ready=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        tiles_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+        d_scores_ready=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+        d_scores_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+        turn=plgpu.Barrier(num_barriers=warpgroups),
+        all_done=plgpu.Barrier(num_arrivals=warpgroups),
+    )._asdict()
