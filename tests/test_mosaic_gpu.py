@@ -1,6 +1,7 @@
 """The Mosaic GPU kernels without a GPU: numbers and races in the interpreter, registers from the compiler."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -95,6 +96,27 @@ def test_a_block_named_among_several_is_as_if_alone(kernel):
         )
     for name, value in alone.items():
         np.testing.assert_array_equal(by_index[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2])
+def test_shared_key_tiles_compile_without_spills_and_are_added_up_in_places_of_their_own(num_blocks, monkeypatch):
+    """XLA makes one of equal operands, zeros say, of a kernel that it fuses with slices: two sums would be one."""
+    monkeypatch.setattr(mosaic_gpu_choices, "_MULTIPROCESSORS", 12)  # 16 programs, of which 4 are left over.
+    case = Case(queries=4096, keys=1024, num_blocks=num_blocks, heads=8, kv_heads=2, head_dim=128, is_causal=False)
+    sharding = jax.sharding.SingleDeviceSharding(compile_only_devices("h100")[0])
+    data = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arrays(case))
+    run = jax.jit(lambda data: blocks(case)(mosaic_gpu, data))
+    if num_blocks == 1:
+        compiled, usage = compile_mosaic(run, data)
+        assert [use for use in usage if use.spills or use.serialized] == []
+    else:
+        compiled = run.lower(data).compile()
+    text = compiled.as_text()
+    assert "f32[2,512,1,128]" in text, "no key tile is shared"
+    calls = re.findall(r"custom-call\((.*?)\), custom_call_target=\"mosaic_gpu", text)
+    operands = [re.findall(r"%[\w.-]+", call) for call in calls]
+    assert len(operands) == 2 * num_blocks
+    assert [names for names in operands if len(set(names)) < len(names)] == []
 
 
 # What the masks of the kernels that are compiled below hold.
