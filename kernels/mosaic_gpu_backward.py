@@ -30,7 +30,6 @@ from .mosaic_gpu_backward_block import (
     Share,
     first_shared_tile,
     place_and_share,
-    scratch_types,
 )
 from .mosaic_gpu_choices import (
     BACKWARD_WARPGROUPS,
@@ -413,9 +412,9 @@ def differentiate(
     grid = {"kv_heads": num_kv_heads, "key_tiles": key_tiles, "batch": batch}
     order = backward_grid_order(mask.has_uneven_tiles, math.prod(grid.values()))
     is_apart = order[0] == "kv_heads" and mask.q_segment_ids is None
-    split = (
-        backward_split(mask, num_kv_heads, key_tiles, batch, num_steps) if key.shape[1] % config.k_tile == 0 else None
-    )
+    # Shared tiles are put in their place as whole ones.
+    has_tail = key.shape[1] % config.k_tile != 0
+    split = None if has_tail else backward_split(mask, num_kv_heads, key_tiles, batch, num_steps)
     if split is not None:
         order = ("programs",)
         grid = {"programs": math.prod(grid.values()) + batch * split.key_tiles * (split.pieces - 1)}
@@ -447,7 +446,7 @@ def differentiate(
     kernel = plgpu.kernel(
         body,
         out_type=(gradient, gradient),
-        scratch_types=scratch_types(block),
+        scratch_types=block.scratch_types(),
         grid=tuple(grid[name] for name in order),
         grid_names=order,
         num_threads=BACKWARD_WARPGROUPS + 1,

@@ -104,6 +104,31 @@ class Block:
             return self.config.q_tile, self.head_dim // BACKWARD_WARPGROUPS
         return self.config.q_tile // BACKWARD_WARPGROUPS, self.head_dim
 
+    def scratch_types(self) -> dict:
+        """What `Scratch` is made of, by its fields' names."""
+        config, head_dim = self.config, self.head_dim
+        warpgroups, stages = BACKWARD_WARPGROUPS, config.stages
+        key_value = matrix_scratch((warpgroups, WARPGROUP_ROWS, head_dim), self.dtype)
+        query = matrix_scratch((stages, config.q_tile, head_dim), self.dtype)
+        dtypes = (self.gradient_dtype, jnp.float32) if self.split else (self.gradient_dtype,)
+        gradients = (matrix_scratch((warpgroups, WARPGROUP_ROWS, head_dim), dtype) for dtype in dtypes)
+        return Scratch(
+            key=key_value,
+            value=key_value,
+            tiles=plgpu.RefUnion((query, query), *gradients),
+            statistics=plgpu.SMEM((stages, 2, config.q_tile), jnp.float32),
+            d_scores=matrix_scratch((stages, warpgroups, WARPGROUP_ROWS, config.q_tile), self.dtype),
+            d_query=matrix_scratch((warpgroups, *self.d_query_part), jnp.float32),
+            key_ready=plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups),
+            query_ready=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            d_out_ready=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            tiles_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+            d_scores_ready=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+            d_scores_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+            turn=plgpu.Barrier(num_barriers=warpgroups),
+            all_done=plgpu.Barrier(num_arrivals=warpgroups),
+        )._asdict()
+
 
 class Share(NamedTuple):
     """A program's share of its key tile's steps: one of `pieces`, 1 where they are not shared.
@@ -117,7 +142,7 @@ class Share(NamedTuple):
 
 
 def first_shared_tile(mask: BlockMask, ranges: TileRanges, split: BackwardSplit) -> Int32[Array, "1"]:
-    """The first of the key tiles whose steps are shared, which are the last ones that any query sees."""
+    """The first of the key tiles whose steps are shared: the last ones that any query sees, or the first if few are."""
     seen = ranges.end > ranges.start if mask.block is None else (ranges.end > ranges.start)[mask.block]
     last = jnp.max(jnp.where(seen, jnp.arange(1, 1 + seen.shape[-1], dtype=jnp.int32), 0))
     return jnp.maximum(last - split.key_tiles, 0)[None]
@@ -144,29 +169,3 @@ def place_and_share(block: Block, inputs: Ref) -> tuple[jax.Array, jax.Array, ja
     )
     key_tile = lax.rem(row // batch, block.key_tiles)
     return lax.rem(row, batch), row // (batch * block.key_tiles), key_tile, share
-
-
-def scratch_types(block: Block) -> dict:
-    """The kernel's `Scratch`, by name."""
-    config, head_dim = block.config, block.head_dim
-    warpgroups, stages = BACKWARD_WARPGROUPS, config.stages
-    key_value = matrix_scratch((warpgroups, WARPGROUP_ROWS, head_dim), block.dtype)
-    query = matrix_scratch((stages, config.q_tile, head_dim), block.dtype)
-    dtypes = (block.gradient_dtype, jnp.float32) if block.split else (block.gradient_dtype,)
-    gradients = (matrix_scratch((warpgroups, WARPGROUP_ROWS, head_dim), dtype) for dtype in dtypes)
-    return Scratch(
-        key=key_value,
-        value=key_value,
-        tiles=plgpu.RefUnion((query, query), *gradients),
-        statistics=plgpu.SMEM((stages, 2, config.q_tile), jnp.float32),
-        d_scores=matrix_scratch((stages, warpgroups, WARPGROUP_ROWS, config.q_tile), block.dtype),
-        d_query=matrix_scratch((warpgroups, *block.d_query_part), jnp.float32),
-        key_ready=plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups),
-        query_ready=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        d_out_ready=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        tiles_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
-        d_scores_ready=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
-        d_scores_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
-        turn=plgpu.Barrier(num_barriers=warpgroups),
-        all_done=plgpu.Barrier(num_arrivals=warpgroups),
-    )._asdict()

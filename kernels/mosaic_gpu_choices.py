@@ -128,6 +128,7 @@ def backward_split(mask: BlockMask, num_heads: int, key_tiles: int, batch: int, 
 
 
 def _split_of_equals(num_heads: int, key_tiles: int, batch: int, num_steps: int) -> BackwardSplit | None:
+    """`backward_split` where every program takes `num_steps` steps."""
     num_programs = num_heads * key_tiles * batch
     left_over = num_programs % _MULTIPROCESSORS
     tiles = -(-left_over // batch)

@@ -67,7 +67,7 @@ class Target:
     is_compile_only: bool = False
 
     @classmethod
-    def of_device(cls, device: jax.Device) -> "Target":  # pyright: ignore[reportInvalidTypeForm]  (see _exists)
+    def of_device(cls, device: jax.Device) -> "Target":  # pyright: ignore[reportInvalidTypeForm]  (a variable)
         """The target that a device of the mesh is; compile-only devices included."""
         return cls(device.platform, device.device_kind, compute_capability(device), not _exists(device))
 

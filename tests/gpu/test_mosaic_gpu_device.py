@@ -32,7 +32,7 @@ CASES = [
     Case(dtype="float16", queries=400, keys=1000, heads=2, kv_heads=1, head_dim=64, rising=True),
     # Key tiles whose steps several programs share.
     Case(queries=2048, keys=512, num_blocks=1, heads=4, kv_heads=1, head_dim=128, is_causal=False),
-    Case(queries=2048, keys=512, heads=4, kv_heads=2, head_dim=64, is_causal=False, batch=2),
+    Case(queries=4096, keys=512, heads=2, kv_heads=1, head_dim=64, is_causal=False, batch=2),
     Case(queries=4096, keys=1024, heads=4, kv_heads=1, head_dim=128, is_even=True),
 ]
 
