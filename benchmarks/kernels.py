@@ -4,10 +4,10 @@
     python -m benchmarks.kernels --export FOLDER --gpu h200     (here: compiles the Triton kernels for another machine)
     python -m benchmarks.kernels --artifacts FOLDER ...         (there: runs them without a matching Triton)
 
-Nothing is timed before its result was compared with float64, on rows drawn at random at the very shape that is timed
-(`pytest -m gpu` compares everything, on smaller shapes). TFLOP/s count 4 B T^2 N H operations forward, half of it when
-causal, and 2.5 times that backward. Gradients are in the inputs' dtype, as users get them. A replayed ring takes turns
-with one block of `cases.ONE_BLOCK`, whose rate is its ideal.
+Nothing is timed before output and gradients were compared with float64, on rows and keys drawn at random at the very
+shape that is timed (`benchmarks.gate`; `pytest -m gpu` compares everything, on smaller shapes). TFLOP/s count 4 B T^2 N
+H operations forward, half of it when causal, and 2.5 times that backward. Gradients are in the inputs' dtype, as users
+get them. A replayed ring takes turns with one block of `cases.ONE_BLOCK`, whose rate is its ideal.
 """
 
 import argparse
@@ -26,15 +26,13 @@ import numpy as np
 from jaxtyping import Array
 
 from ring_jax import kernels
-from ring_jax.kernels.reference import reference_attention, visible_pairs
 from ring_jax.kernels.registry import Target
 
-from .cases import ERROR_CONSTANTS, GRID_BENCHMARKS, KERNEL_BENCHMARKS, ONE_BLOCK, PRECISION, REPLAYS, Case
+from .cases import GRID_BENCHMARKS, KERNEL_BENCHMARKS, ONE_BLOCK, PRECISION, REPLAYS, Case
+from .gate import Gate
 from .peers import PEERS, Passes
 from .replay import Replay, replay_backward, replay_forward
 from .timing import REST_SECONDS, Job, environment, median_seconds
-
-SAMPLED_ROWS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,68 +147,6 @@ def ours(program: Program, target: Target, artifacts: Path | None) -> Callable[.
     return build
 
 
-class SampledRows(NamedTuple):
-    """Some rows of a rank's output and dQ, `[1, rows, heads, H]`; dq is None where there is no backward."""
-
-    output: np.ndarray
-    dq: np.ndarray | None
-
-
-def sampled_errors(program: Program, passes: Passes, rows: tuple[int, ...] | None = None) -> tuple[float, float]:
-    """Largest error of output and dQ on some rows against float64, and that of dense attention in the inputs' dtype.
-
-    The passes must have been built from the arrays that `draw` draws. The rows are drawn at random if not given; of the
-    heads, the groups of the first and of the last key/value head are looked at.
-    """
-    if rows is None:
-        shard_len = program.case.seq_len // program.replay.num_shards
-        rows = tuple(np.random.default_rng(0).choice(shard_len, SAMPLED_ROWS, replace=False).tolist())
-    _, heads = _sampled_heads(program.case)
-
-    def sampled(result: Any) -> np.ndarray:
-        return np.asarray(_first(result)[:1, np.asarray(rows)][:, :, heads])
-
-    got = SampledRows(sampled(passes.forward()), sampled(passes.backward()) if passes.backward else None)
-    exact, baseline = _dense_rows(program.case, program.replay, rows)
-    return _largest_error(got, exact), _largest_error(baseline, exact)
-
-
-def _sampled_heads(case: Case) -> tuple[list[int], list[int]]:
-    """The first and the last key/value head, and the query heads of their groups."""
-    group = case.num_heads // case.num_kv_heads
-    kv_heads = sorted({0, case.num_kv_heads - 1})
-    return kv_heads, [kv * group + n for kv in kv_heads for n in range(group)]
-
-
-@functools.lru_cache(maxsize=1)
-def _dense_rows(case: Case, replay: Replay, rows: tuple[int, ...]) -> tuple[SampledRows, SampledRows]:
-    """The rows in float64, and by dense attention in the case's dtype: the same for every implementation."""
-    query, keys, values, d_out = draw(Program("", case, replay))
-    positions = [replay.positions(rank, query.shape[1]) for rank in range(replay.num_shards)]
-    own, theirs = np.asarray(positions[replay.rank])[list(rows)], np.concatenate(positions)
-    visible = visible_pairs(own, theirs, is_causal=case.is_causal)
-    kv_heads, heads = _sampled_heads(case)
-    q, d_o = (np.asarray(x[:1, np.asarray(rows)][:, :, heads]) for x in (query, d_out))
-    k, v = (np.concatenate(np.asarray(x[:, :1][..., kv_heads, :]), axis=1) for x in (keys, values))
-    exact, baseline = (
-        reference_attention(q, k, v, visible, d_out=d_o, low_precision=p) for p in (None, np.dtype(case.dtype))
-    )
-    return SampledRows(exact.output, exact.dq), SampledRows(baseline.output, baseline.dq)
-
-
-def _largest_error(rows: SampledRows, exact: SampledRows) -> float:
-    pairs = [(rows.output, exact.output)]
-    if rows.dq is not None and exact.dq is not None:
-        pairs.append((rows.dq, exact.dq))
-    return max(float(np.abs(x.astype(np.float64) - y).max() / np.abs(y).max()) for x, y in pairs)
-
-
-def _first(result: Any) -> Array:
-    """A pass's output or dQ: alone, or the first of several; torch's are `[B, N, T, H]` tensors."""
-    x = result[0] if isinstance(result, (tuple, list)) else result
-    return x if isinstance(x, jax.Array) else jnp.asarray(x.transpose(1, 2).float().cpu().numpy())
-
-
 def draw(program: Program) -> tuple[Array, ...]:
     """Random arrays of a program: queries, all shards' keys and values, and a cotangent."""
     s = program.shapes()
@@ -226,22 +162,24 @@ class Candidate(NamedTuple):
     name: str
     build: Callable[..., Passes]
     arrays: tuple[Array, ...]
+    gate: Gate
 
 
 def measure(candidates: list[Candidate], rest: float = 0.0) -> list[dict[str, Any]]:
     """A row each: errors first, then times, the candidates taking turns. A failure is a row that says why."""
     rows, jobs = [], []
-    for program, name, build, arrays in candidates:
+    for program, name, build, arrays, gate in candidates:
         case, replay = program.case, program.replay
         row: dict[str, Any] = {"implementation": name, "case": case.label}
         row |= {"shards": replay.num_shards, "rank": replay.rank}
         rows.append(row)
         try:
             passes = build(case, *arrays)
-            row["error"], row["dense_error"] = sampled_errors(program, passes)
-            most = 2 * row["dense_error"] + ERROR_CONSTANTS[case.dtype]
-            if not row["error"] <= most:
-                raise ValueError(f"wrong result: error {row['error']:.3g} on sampled rows exceeds {most:.3g}")
+            errors = gate.errors(passes)
+            row |= errors._asdict()
+            if not errors.is_allowed:
+                wrong = f"error {errors.error:.3g} of {errors.error_of} exceeds {errors.allowed:.3g}"
+                raise ValueError(f"wrong result: {wrong}")
         except Exception as error:  # whatever a peer raises becomes its row
             row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
             continue
@@ -260,22 +198,26 @@ def run(
     """All rows, as they come: those of one case, which took turns, together."""
     target = Target.of_device(jax.devices()[0])
 
-    def candidates_of(programs: list[Program], arrays: tuple[Array, ...]) -> list[Candidate]:
-        return [Candidate(p, p.implementation, ours(p, target, artifacts), arrays) for p in programs]
+    def candidates_of(programs: list[Program], arrays: tuple[Array, ...], gate: Gate) -> list[Candidate]:
+        return [Candidate(p, p.implementation, ours(p, target, artifacts), arrays, gate) for p in programs]
 
     chosen = [program for program in programs(implementations) if only in program.name]
     for (case, replay), group in itertools.groupby(chosen, key=lambda program: (program.case, program.replay)):
         group = list(group)
         arrays = draw(group[0])
-        candidates = candidates_of(group, arrays)
+        gate = Gate(case, replay, arrays)
+        candidates = candidates_of(group, arrays, gate)
         if replay.num_shards == 1:
             # Peers take one block and no leading dim.
             flat = (arrays[0], arrays[1][0], arrays[2][0], arrays[3])
             beside = [name for name in peers if case not in GRID_BENCHMARKS or name == "jax cuDNN"]
-            yield measure([Candidate(group[0], peer, PEERS[peer], flat) for peer in beside] + candidates, rest)
+            peers_of_case = [Candidate(group[0], peer, PEERS[peer], flat, gate) for peer in beside]
+            yield measure(peers_of_case + candidates, rest)
         else:
             blocks = [whole(program.implementation, ONE_BLOCK) for program in group]
-            rows = measure(candidates + candidates_of(blocks, draw(blocks[0])), rest)
+            drawn = draw(blocks[0])
+            of_blocks = Gate(ONE_BLOCK, blocks[0].replay, drawn)
+            rows = measure(candidates + candidates_of(blocks, drawn, of_blocks), rest)
             yield [_beside_one_block(*pair) for pair in zip(rows[: len(group)], rows[len(group) :], strict=True)]
 
 

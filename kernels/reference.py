@@ -47,8 +47,13 @@ def reference_attention(
     d_lse: Shaped[np.ndarray, "B N T"] | None = None,
     scale: float | None = None,
     low_precision: np.dtype | None = None,
+    lse: Float[np.ndarray, "B N T"] | None = None,
+    delta: Float[np.ndarray, "B N T"] | None = None,
 ) -> ReferenceResult:
     """Dense attention and its gradients for the cotangents `d_out` and `d_lse` (zero where None).
+
+    With `lse` and `delta`, the logsumexps over all keys and the sums of output times `d_out`, the keys may be a part of
+    all keys: `dk` and `dv` are then whole, output and `dq` the shares of these keys.
 
     With `low_precision=None` everything is float64. With a dtype it is the baseline that tolerances are measured by:
     attention in one piece as a good dense implementation does it, float32 scores and sums, with the probabilities and
@@ -71,17 +76,21 @@ def reference_attention(
 
     seen = np.broadcast_to(visible, (batch, *visible.shape[1:]))[:, None, None]
     scores = np.where(seen, factor * np.einsum("btkgh,bskh->bkgts", q, k, optimize=True), -np.inf)
-    top = scores.max(axis=-1, keepdims=True)
-    exp = np.exp(scores - np.where(np.isneginf(top), work(0), top))
-    total = exp.sum(axis=-1, keepdims=True)
-    some = total > 0
-    probs = exp / np.where(some, total, work(1))
-    lse = np.where(some, top + np.log(np.where(some, total, work(1))), -np.inf)[..., 0]
+    if lse is None:
+        top = scores.max(axis=-1, keepdims=True)
+        exp = np.exp(scores - np.where(np.isneginf(top), work(0), top))
+        total = exp.sum(axis=-1, keepdims=True)
+        some = total > 0
+        probs = exp / np.where(some, total, work(1))
+        lse = np.where(some, top + np.log(np.where(some, total, work(1))), -np.inf)[..., 0]
+    else:
+        lse = lse.astype(work).reshape(batch, num_kv_heads, group, num_queries)
+        probs = np.exp(scores - np.where(np.isneginf(lse), work(0), lse)[..., None])
     output = rounded(np.einsum("bkgts,bskh->btkgh", rounded(probs), v, optimize=True))
 
     d_probs = np.einsum("btkgh,bskh->bkgts", d_o, v, optimize=True)
-    delta = np.einsum("btkgh,btkgh->bkgt", d_o, output) - d_l
-    d_scores = rounded(probs * (d_probs - delta[..., None]))
+    own = np.einsum("btkgh,btkgh->bkgt", d_o, output) if delta is None else delta.astype(work).reshape(d_l.shape)
+    d_scores = rounded(probs * (d_probs - (own - d_l)[..., None]))
     dq = factor * np.einsum("bkgts,bskh->btkgh", d_scores, k, optimize=True)
     dk = factor * np.einsum("bkgts,btkgh->bskh", d_scores, q, optimize=True)
     dv = np.einsum("bkgts,btkgh->bskh", rounded(probs), d_o, optimize=True)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import jax
@@ -9,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import gate, memory, mesh, mfu
 from benchmarks import kernels as kernel_benchmarks
-from benchmarks import memory, mesh, mfu
 from benchmarks import replay as replay_module
 from benchmarks.cases import Case, make_inputs
+from benchmarks.gate import Gate, row_statistics
 from benchmarks.peers import PEERS, Passes
 from benchmarks.replay import Replay, replay_backward, replay_forward
 from ring_jax import kernels, layout_positions
@@ -60,24 +62,71 @@ def test_replayed_ranks_equal_the_oracle(layout, as_loop, segments, monkeypatch)
         assert_within_budget(natural, getattr(exact, name), getattr(baseline, name), "float32", name)
 
 
-@pytest.mark.parametrize("shards", [1, 2])
-def test_a_wrong_kernel_is_not_timed(shards):
-    program = kernel_benchmarks.Program("xla", Case(1, 128, 4, 2, 16), Replay(shards, shards - 1))
+def test_a_right_kernel_is_timed():
+    program = kernel_benchmarks.Program("xla", Case(1, 128, 4, 2, 16), Replay(2, 1))
+    (row,) = kernel_benchmarks.measure([_candidate(program, lambda forward, backward: (forward, backward))])
+    assert "failed" not in row
+    assert row["forward_ms"] > 0
+    assert row["backward_ms"] > 0
+    json.dumps(row)
+
+
+@pytest.mark.parametrize("wrong", ["output", "dq", "dk", "dv"])
+@pytest.mark.parametrize(("shards", "rank"), [(1, 0), (2, 1), (4, 0)])
+def test_a_wrong_kernel_is_not_timed(shards, rank, wrong):
+    program = kernel_benchmarks.Program("xla", Case(1, 128, 4, 2, 16), Replay(shards, rank))
+
+    def spoil(forward: tuple, backward: tuple) -> tuple:
+        (output, lse), (dq, shares) = forward, backward
+        output, dq = (x * 1.1 if name == wrong else x for name, x in (("output", output), ("dq", dq)))
+        dk, dv = (1.1 if name == wrong else 1 for name in ("dk", "dv"))
+        return (output, lse), (dq, [(share[0] * dk, share[1] * dv) for share in shares])
+
+    (row,) = kernel_benchmarks.measure([_candidate(program, spoil)])
+    assert "wrong result" in row["failed"]
+    assert row["error_of"] == wrong
+    assert "forward_ms" not in row
+    json.dumps(row)
+
+
+def _candidate(program: kernel_benchmarks.Program, change: Callable) -> kernel_benchmarks.Candidate:
+    """Of a program whose results, forward and backward, are changed."""
     arrays = kernel_benchmarks.draw(program)
     build = kernel_benchmarks.ours(program, CPU, None)
-    (right,) = kernel_benchmarks.measure([kernel_benchmarks.Candidate(program, "right", build, arrays)])
-    assert "failed" not in right
-    assert right["forward_ms"] > 0
-    assert right["backward_ms"] > 0
 
-    def wrong(*args):
+    def changed(*args):
         passes = build(*args)
-        return Passes(lambda: (passes.forward()[0] * 1.1, None), passes.backward)
+        assert passes.backward is not None
+        forward, backward = change(passes.forward(), passes.backward())
+        return Passes(lambda: forward, lambda: backward)
 
-    (row,) = kernel_benchmarks.measure([kernel_benchmarks.Candidate(program, "wrong", wrong, arrays)])
-    assert "wrong result" in row["failed"]
-    assert "forward_ms" not in row
-    json.dumps([right, row])
+    return kernel_benchmarks.Candidate(program, "xla", changed, arrays, Gate(program.case, program.replay, arrays))
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_rows_statistics_are_those_of_the_oracle(is_causal, monkeypatch):
+    """With several chunks of rows, the last of another size."""
+    monkeypatch.setattr(gate, "_MAX_SCORES", 4 * 96 * 40)
+    case = Case(1, 96, 4, 2, 8, dtype="float32")
+    inputs, positions = make_inputs(case), np.arange(case.seq_len)
+    visible = visible_pairs(positions, positions, is_causal=is_causal)
+    exact = reference_attention(*inputs[:3], visible, d_out=inputs.d_out)
+    lse, delta = row_statistics(*(x[0] for x in inputs[:4]), positions, positions, is_causal=is_causal)
+    want = np.einsum("btnh,btnh->bnt", exact.output, inputs.d_out)
+    np.testing.assert_allclose(lse[None], exact.lse, atol=1e-5)
+    np.testing.assert_allclose(delta[None], want, atol=1e-5)
+    some = slice(10, 20)
+    part = reference_attention(
+        inputs.query,
+        inputs.key[:, some],
+        inputs.value[:, some],
+        visible[..., some],
+        d_out=inputs.d_out,
+        lse=exact.lse,
+        delta=want,
+    )
+    np.testing.assert_allclose(part.dk, exact.dk[:, some])
+    np.testing.assert_allclose(part.dv, exact.dv[:, some])
 
 
 def test_a_rank_counts_the_pairs_it_computes():
@@ -223,10 +272,11 @@ def test_a_gpus_peak_rate_is_its_own_datasheets(device_kind, peak):
 def _row_of_peer(name: str) -> dict:
     case = Case(1, 128, 2, 2, 16, dtype="float32")
     program = kernel_benchmarks.Program("xla", case, Replay(layout="contiguous"))
-    query, keys, values, d_out = kernel_benchmarks.draw(program)
-    (row,) = kernel_benchmarks.measure(
-        [kernel_benchmarks.Candidate(program, name, PEERS[name], (query, keys[0], values[0], d_out))]
-    )
+    arrays = kernel_benchmarks.draw(program)
+    query, keys, values, d_out = arrays
+    flat = (query, keys[0], values[0], d_out)
+    peer = kernel_benchmarks.Candidate(program, name, PEERS[name], flat, Gate(case, program.replay, arrays))
+    (row,) = kernel_benchmarks.measure([peer])
     return row
 
 

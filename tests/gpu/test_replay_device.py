@@ -13,9 +13,10 @@ import jax
 import pytest
 
 from benchmarks.cases import PRECISION
-from benchmarks.kernels import Program, draw, ours, precision_programs, sampled_errors
+from benchmarks.gate import Errors, Gate
+from benchmarks.kernels import Program, draw, ours, precision_programs
 from ring_jax.kernels.registry import Target
-from tests.budget import allowed, assert_does_not_grow
+from tests.budget import assert_does_not_grow
 
 pytestmark = pytest.mark.gpu
 
@@ -31,13 +32,14 @@ PROGRAMS = [
 
 
 @functools.cache
-def errors(program: Program) -> tuple[float, float]:
-    """Error on the last rows of the sequence, and that of dense attention in one piece."""
+def errors(program: Program) -> Errors:
+    """Error on the last rows of the sequence, beside that of dense attention in one piece."""
     folder = os.environ.get("RING_JAX_ARTIFACTS")
     arrays = draw(program)
     build = ours(program, Target.of_device(jax.devices()[0]), Path(folder) if folder else None)
     last = arrays[0].shape[1]
-    return sampled_errors(program, build(program.case, *arrays), tuple(range(last - ROWS, last)))
+    gate = Gate(program.case, program.replay, arrays, tuple(range(last - ROWS, last)))
+    return gate.row_errors(build(program.case, *arrays))
 
 
 def together(programs: list[Program]) -> list:
@@ -48,8 +50,7 @@ def together(programs: list[Program]) -> list:
 
 @pytest.mark.parametrize("program", together(PROGRAMS))
 def test_replayed_ring_is_exact(program):
-    got, dense = errors(program)
-    assert got <= allowed(dense, program.case.dtype)
+    assert errors(program).is_allowed
 
 
 @pytest.mark.parametrize("program", together([p for p in PROGRAMS if p.replay.num_shards > 1]))
@@ -58,4 +59,4 @@ def test_error_does_not_grow_with_shards_or_keys(program):
     (one,) = (
         p for p in PROGRAMS if (p.case, p.implementation, p.replay.num_shards) == (case, program.implementation, 1)
     )
-    assert_does_not_grow(errors(program)[0], errors(one)[0], case.dtype, program.name)
+    assert_does_not_grow(errors(program).error, errors(one).error, case.dtype, program.name)
