@@ -81,7 +81,9 @@ def map_token_shards(
         return fn(tokens, match_varying(weights, like=tokens))
 
     spec = token_spec(batch_axis, seq_axis)
-    manual = {name for names in spec for name in _names(names)}
+    # Axes of one device cut nothing, and XLA's partitioner refuses sums over them beside others that are not manual.
+    manual = {name for names in spec for name in _names(names) if num_shards(name) > 1}
+    spec = PartitionSpec(*(tuple(name for name in _names(names) if name in manual) or None for names in spec))
     if not manual:
         return local(tokens, weights)
     _check_divides(jax.tree.leaves(tokens)[0].shape, spec)

@@ -85,8 +85,15 @@ def losses_on_one_device(folder, first_state):
 
 MESHES = [(f"seq={size}", layout) for size in (1, 2, 4, 8) for layout in LAYOUTS if (size, layout) != (1, "contiguous")]
 
+# With a sequence that is not cut too: the partitioner of jax 0.11 refuses sums over an axis of one device there.
+TENSOR_MESHES = [
+    ("seq=2,tensor=2", "striped"),
+    ("seq=1,tensor=2", "contiguous"),
+    ("data=2,seq=1,tensor=2", "contiguous"),
+]
 
-@pytest.mark.parametrize(("mesh", "layout"), [*MESHES, ("data=2,seq=4", "zigzag"), ("seq=2,tensor=2", "striped")])
+
+@pytest.mark.parametrize(("mesh", "layout"), [*MESHES, ("data=2,seq=4", "zigzag"), *TENSOR_MESHES])
 def test_losses_are_the_same_on_any_mesh_in_every_layout(folder, first_state, losses_on_one_device, mesh, layout):
     losses = _losses(folder, *_compiled(mesh, layout), first_state)
     np.testing.assert_allclose(losses, losses_on_one_device, rtol=RELATIVE_TOLERANCE)
