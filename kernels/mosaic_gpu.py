@@ -67,14 +67,8 @@ def forward(
     query, key, value = (_pad(x, columns) for x in (query, key, value))
     padded = None if state is None else AttentionState(_pad(state.output, columns), state.lse)
     in_place = state is not None and not is_last
-    has_segments = mask.q_segment_ids is not None
-    is_all_visible = state is None and not has_segments and not mask.is_causal
     config = default_forward_config(
-        columns,
-        num_keys=key.shape[1],
-        has_segments=has_segments,
-        in_place=in_place,
-        is_all_visible=is_all_visible,
+        mask, columns, num_keys=key.shape[1], has_state=state is not None, in_place=in_place
     )
     result = attend(query, key, value, padded, mask, scale=scale, is_last=is_last, config=config)
     return AttentionState(result.output[:, :num_queries, :, :head_dim], result.lse)

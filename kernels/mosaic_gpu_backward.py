@@ -22,15 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from .contract import BlockMask, Gradients
-from .mosaic_gpu_backward_block import (
-    Block,
-    Inputs,
-    Outputs,
-    Scratch,
-    Share,
-    first_shared_tile,
-    place_and_share,
-)
+from .mosaic_gpu_backward_block import Block, Inputs, Outputs, Scratch
 from .mosaic_gpu_choices import (
     BACKWARD_WARPGROUPS,
     BackwardConfig,
@@ -53,6 +45,7 @@ from .mosaic_gpu_primitives import (
     sum_of_products,
     two_scores,
 )
+from .mosaic_gpu_split import Share, first_shared_tile, num_programs, place_and_share
 from .tiles import query_ranges
 
 _LOG2_E = math.log2(math.e)
@@ -90,7 +83,9 @@ class _Program:
             batch, kv_head, key_tile = (lax.axis_index(name) for name in ("batch", "kv_heads", "key_tiles"))
             share = None
         else:
-            batch, kv_head, key_tile, share = place_and_share(block, inputs)
+            sizes = {"num_heads": inputs.key.shape[2], "tiles": block.key_tiles, "batch": inputs.key.shape[0]}
+            program = lax.axis_index("programs")
+            (batch, kv_head, key_tile), share = place_and_share(block.split, inputs.first_shared, program, **sizes)
         walk = Walk.read(inputs.ranges, inputs.mask, batch, key_tile)
         return cls(block, inputs, dq, scratch, batch, kv_head, key_tile, share, walk)
 
@@ -287,7 +282,8 @@ class _Worker:
         program = self.program
         buffer = program.scratch.gradient_share.at[self.warpgroup]
         assert outputs.shared is not None
-        first_row = (share.tile * BACKWARD_WARPGROUPS + self.warpgroup) * WARPGROUP_ROWS
+        tile = share.tile // outputs.dk.shape[0]
+        first_row = (tile * BACKWARD_WARPGROUPS + self.warpgroup) * WARPGROUP_ROWS
         num_rows = outputs.shared.shape[1]
         for i, gradient in reversed(list(enumerate(gradients))):
             buffer[...] = gradient
@@ -417,7 +413,7 @@ def differentiate(
     split = None if has_tail else backward_split(mask, num_kv_heads, key_tiles, batch, num_steps)
     if split is not None:
         order = ("programs",)
-        grid = {"programs": math.prod(grid.values()) + batch * split.key_tiles * (split.pieces - 1)}
+        grid = {"programs": num_programs(split, num_kv_heads, key_tiles, batch)}
     block = Block(
         config=config,
         num_queries=num_queries,
@@ -463,7 +459,7 @@ def differentiate(
     if split is None:
         return Gradients(*pl.run_state(run)((dq, empty, empty)))
     assert first_shared is not None
-    zeros = jnp.zeros((2 * batch, split.key_tiles * config.k_tile, 1, head_dim), jnp.float32)
+    zeros = jnp.zeros((2 * batch, split.tiles * config.k_tile, 1, head_dim), jnp.float32)
     dq, dk, dv, shared = pl.run_state(run)((dq, empty, empty, zeros))
     place = (0, first_shared[0] * config.k_tile, num_kv_heads - 1, 0)
     dk, dv = (

@@ -3,16 +3,14 @@
 import dataclasses
 from typing import NamedTuple
 
-import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
-from .contract import BlockMask
-from .mosaic_gpu_choices import BACKWARD_WARPGROUPS, BackwardConfig, BackwardSplit
+from .mosaic_gpu_choices import BACKWARD_WARPGROUPS, BackwardConfig
 from .mosaic_gpu_masks import MaskInputs
 from .mosaic_gpu_primitives import WARPGROUP_ROWS, Ref, matrix_scratch
+from .mosaic_gpu_split import Split
 from .tiles import TileRanges
 
 
@@ -95,7 +93,7 @@ class Block:
     # By how many query tiles programs beside each other begin apart; documents part them by themselves.
     tiles_apart: int
     scale: float
-    split: BackwardSplit | None
+    split: Split | None
 
     @property
     def d_query_part(self) -> tuple[int, int]:
@@ -128,44 +126,3 @@ class Block:
             turn=plgpu.Barrier(num_barriers=warpgroups),
             all_done=plgpu.Barrier(num_arrivals=warpgroups),
         )._asdict()
-
-
-class Share(NamedTuple):
-    """A program's share of its key tile's steps: one of `pieces`, 1 where they are not shared.
-
-    `tile` is the key tile's place among those that are shared.
-    """
-
-    piece: jax.Array | int
-    pieces: jax.Array | int
-    tile: jax.Array | int
-
-
-def first_shared_tile(mask: BlockMask, ranges: TileRanges, split: BackwardSplit) -> Int32[Array, "1"]:
-    """The first of the key tiles whose steps are shared: the last ones that any query sees, or the first if few are."""
-    seen = ranges.end > ranges.start if mask.block is None else (ranges.end > ranges.start)[mask.block]
-    last = jnp.max(jnp.where(seen, jnp.arange(1, 1 + seen.shape[-1], dtype=jnp.int32), 0))
-    return jnp.maximum(last - split.key_tiles, 0)[None]
-
-
-def place_and_share(block: Block, inputs: Ref) -> tuple[jax.Array, jax.Array, jax.Array, Share]:
-    """A program's entry of the batch, key head, key tile and share, where some key tiles' steps are shared.
-
-    The grid has one dim. It ends with the pieces of those tiles: those of one tile far apart, those of the tiles beside
-    it side by side.
-    """
-    split, (batch, _, num_kv_heads, _) = block.split, inputs.key.shape
-    assert split is not None
-    program = lax.axis_index("programs")
-    shared = split.key_tiles * batch
-    first_shared = ((num_kv_heads - 1) * block.key_tiles + inputs.first_shared[0]) * batch
-    piece = program - (num_kv_heads * block.key_tiles * batch - shared)
-    is_whole, tile = piece < 0, lax.rem(piece, shared)
-    row = jnp.where(is_whole, jnp.where(program < first_shared, program, program + shared), first_shared + tile)
-    share = Share(
-        jnp.where(is_whole, 0, piece // shared),
-        jnp.where(is_whole, 1, split.pieces),
-        jnp.where(is_whole, 0, tile // batch),
-    )
-    key_tile = lax.rem(row // batch, block.key_tiles)
-    return lax.rem(row, batch), row // (batch * block.key_tiles), key_tile, share

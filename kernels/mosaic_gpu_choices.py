@@ -7,18 +7,17 @@ import dataclasses
 
 from .contract import BlockMask
 from .mosaic_gpu_primitives import WARPGROUP_ROWS
+from .mosaic_gpu_split import Split, SplitCosts, split_of
 
 BACKWARD_WARPGROUPS = 2
 # Programs under a causal mask are unequal. From this many on, one head after the other is faster all the same.
 _MANY_PROGRAMS = 1024
-# Programs that run at a time on an H100 SXM or an H200, one for each multiprocessor.
-_MULTIPROCESSORS = 132
-# As many steps take about as long as what a program of the backward kernel does before its first and after its last
-# one, and as many as zeros for shared gradients and putting them in their place.
-_BACKWARD_OVERHEAD = 4
-_SHARING_OVERHEAD = 16
-# What a program of one head loses at its beginning and end is less than 1 % of the time that so many keys take.
-_MANY_KEYS = 32768
+# For shared gradients zeros are made, and they are put in their place. Shared outputs are merged piece by piece.
+_BACKWARD_COSTS = SplitCosts(program=4, sharing=16)
+_FORWARD_COSTS = SplitCosts(program=4, sharing=4, piece=0.5)
+# From so many keys on the last of equal programs can be split, if each takes one head. Where programs are unequal, what
+# one of one head loses at its beginning and end is less than 1 % of the time that twice as many keys take.
+_MANY_KEYS, _VERY_MANY_KEYS = 16384, 32768
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,22 +64,41 @@ class ForwardConfig:
 
 
 def default_forward_config(
-    head_dim: int, *, num_keys: int, has_segments: bool, in_place: bool, is_all_visible: bool
+    mask: BlockMask, head_dim: int, *, num_keys: int, has_state: bool, in_place: bool
 ) -> ForwardConfig:
-    """What is used for a head dim: the fastest of those measured on an H200 whose registers are not spilled.
+    """What is used for a block: the fastest of those measured on an H200 whose registers are not spilled.
 
-    `is_all_visible` says that no state and no mask is given: then every program takes equally long, and many short ones
-    leave fewer SMs idle at the end than a few of several heads. So they do, masked or not, where there are many keys.
+    `has_state` says that earlier blocks have been attended to, `in_place` that later ones will be too. Where every
+    program takes equally long, many short ones leave fewer SMs idle at the end than a few of several heads.
     """
+    has_segments = mask.q_segment_ids is not None
+    is_all_visible = not has_state and not has_segments and not mask.is_causal
     if head_dim <= 64:
         if has_segments:
             return ForwardConfig(q_tile=128, k_tile=128, stages=2, heads=4)
         return ForwardConfig(q_tile=192, k_tile=128, stages=2, heads=1 if is_all_visible else 2)
     if head_dim <= 128:
-        one_head = in_place if has_segments else num_keys >= _MANY_KEYS
-        heads = 1 if one_head else 2 if is_all_visible else 4
+        heads = _heads_of_a_program(mask, num_keys, in_place=in_place, is_all_visible=is_all_visible)
         return ForwardConfig(q_tile=128, k_tile=128, stages=2, heads=heads)
     return ForwardConfig(q_tile=128, k_tile=64, stages=2, heads=1, early_state=False)
+
+
+def _heads_of_a_program(mask: BlockMask, num_keys: int, *, in_place: bool, is_all_visible: bool) -> int:
+    """How many heads a program takes at most, for head dims from 65 to 128."""
+    if mask.q_segment_ids is not None:
+        return 1 if in_place else 4
+    if is_all_visible or (in_place and not mask.has_uneven_tiles):
+        return 1 if num_keys >= _MANY_KEYS else 2
+    return 1 if num_keys >= _VERY_MANY_KEYS else 4
+
+
+def forward_split(
+    mask: BlockMask, config: ForwardConfig, num_heads: int, row_tiles: int, batch: int, num_steps: int
+) -> Split | None:
+    """How the last programs of the forward kernel are split: query tiles of `num_heads` heads, one head a program."""
+    if config.heads > 1 or not config.can_round_merged:
+        return None
+    return split_of(mask, num_heads, row_tiles, batch, num_steps, _FORWARD_COSTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,49 +119,9 @@ class BackwardConfig:
         return BACKWARD_WARPGROUPS * WARPGROUP_ROWS
 
 
-@dataclasses.dataclass(frozen=True)
-class BackwardSplit:
-    """Key tiles of the last head, the last `key_tiles` that are seen: `pieces` programs share the steps of each."""
-
-    key_tiles: int
-    pieces: int
-
-
-def backward_split(mask: BlockMask, num_heads: int, key_tiles: int, batch: int, num_steps: int) -> BackwardSplit | None:
-    """How the last of equal programs are split, so that no multiprocessor rests while a few of them end.
-
-    A program is a key tile of one of `num_heads` key heads, up to `num_steps` long. What is left over when all
-    multiprocessors have had equally many is split, if that saves more than 1 % of the time. A block off the diagonal is
-    half full: all keys are seen by half of the queries, or half of the keys by all of them.
-    """
-    if mask.has_uneven_tiles or mask.q_segment_ids is not None:
-        return None
-    if not mask.is_causal:
-        return _split_of_equals(num_heads, key_tiles, batch, num_steps)
-    of_all = _split_of_equals(num_heads, key_tiles, batch, num_steps // 2)
-    of_half = _split_of_equals(num_heads, key_tiles // 2, batch, num_steps)
-    if of_all is None or of_half is None:
-        return of_all or of_half
-    return BackwardSplit(max(of_all.key_tiles, of_half.key_tiles), max(of_all.pieces, of_half.pieces))
-
-
-def _split_of_equals(num_heads: int, key_tiles: int, batch: int, num_steps: int) -> BackwardSplit | None:
-    """`backward_split` where every program takes `num_steps` steps."""
-    num_programs = num_heads * key_tiles * batch
-    left_over = num_programs % _MULTIPROCESSORS
-    tiles = -(-left_over // batch)
-    if not left_over or tiles > key_tiles:
-        return None
-
-    def steps_of(pieces: int) -> float:
-        """Steps that one multiprocessor after another does of the last programs, each of so many pieces."""
-        rounds = -(-tiles * batch * pieces // _MULTIPROCESSORS)
-        return rounds * (num_steps / pieces + _BACKWARD_OVERHEAD)
-
-    pieces = min(range(1, 1 + max(1, min(_MULTIPROCESSORS, num_steps))), key=steps_of)
-    all_steps = -(-num_programs // _MULTIPROCESSORS) * (num_steps + _BACKWARD_OVERHEAD)
-    saved = steps_of(1) - steps_of(pieces) - _SHARING_OVERHEAD
-    return BackwardSplit(tiles, pieces) if saved > all_steps / 100 else None
+def backward_split(mask: BlockMask, num_heads: int, key_tiles: int, batch: int, num_steps: int) -> Split | None:
+    """How the last programs of the backward kernel are split: key tiles of `num_heads` key heads."""
+    return split_of(mask, num_heads, key_tiles, batch, num_steps, _BACKWARD_COSTS)
 
 
 def default_backward_config(head_dim: int) -> BackwardConfig:

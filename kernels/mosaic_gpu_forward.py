@@ -11,10 +11,9 @@ takes several query heads in turn: while the output of one is written, the tiles
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -24,8 +23,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from .contract import AttentionState, BlockMask
-from .mosaic_gpu_choices import ForwardConfig, forward_grid_order
-from .mosaic_gpu_forward_block import Block, Inputs, Scratch
+from .mosaic_gpu_choices import ForwardConfig, forward_grid_order, forward_split
+from .mosaic_gpu_forward_block import Block, Inputs, Partial, Scratch
 from .mosaic_gpu_inline import scale_rows_below_one
 from .mosaic_gpu_masks import MaskInputs, Walk, pad_last
 from .mosaic_gpu_primitives import (
@@ -38,9 +37,13 @@ from .mosaic_gpu_primitives import (
     hidden_zero,
     scores,
     scores_while_accumulating,
+    semaphores,
+    signal,
     slot_of,
+    wait_for_signals,
 )
 from .mosaic_gpu_softmax import LOG2_E, Softmax, merge_weights, normalizer
+from .mosaic_gpu_split import Place, Share, first_shared_tile, num_programs, place_and_share
 from .tiles import key_ranges
 from .varying import match_varying
 
@@ -61,18 +64,39 @@ class _Program:
     batch: jax.Array
     row_tile: jax.Array
     walk: Walk
+    # Where any query tile's steps are shared by several programs.
+    share: "_Shared | None"
 
     @classmethod
-    def here(cls, block: Block, inputs: Ref, old: Any, new: Any, scratch: Scratch) -> "_Program":
+    def here(cls, block: Block, inputs: Ref, old: Any, new: Any, scratch: Scratch, partial: Any) -> "_Program":
+        if block.split is not None:
+            return cls._here_or_shared(block, inputs, old, new, scratch, partial)
         batch = lax.axis_index("batch")
         # The last rows have the most keys in a causal block: they go first, so that the short ones fill the gaps.
         row_tile = block.num_row_tiles - 1 - lax.axis_index("row_tiles")
+        walk = cls._walk(block, inputs, batch, row_tile)
+        return cls(block, inputs, old, new, scratch, batch, row_tile, walk, None)
+
+    @classmethod
+    def _here_or_shared(cls, block: Block, inputs: Ref, old: Any, new: Any, scratch: Scratch, partial: Any):
+        """Where the programs are one head's and some of them share a tile's steps."""
+        place, share = _place_and_share(block, inputs)
+        walk = cls._walk(block, inputs, place.batch, place.tile)
+        # Each has at least one step, or none would signal that it is done.
+        pieces = jnp.minimum(share.pieces, walk.steps)
+        first, end = (walk.steps * piece // jnp.maximum(pieces, 1) for piece in (share.piece, share.piece + 1))
+        walk = walk.part(first, jnp.where(share.piece < pieces, end - first, 0))
+        shared = _Shared(share._replace(pieces=pieces), partial)
+        return cls(block, inputs, old, new, scratch, place.batch, place.tile, walk, shared)
+
+    @staticmethod
+    def _walk(block: Block, inputs: Ref, batch: jax.Array, row_tile: jax.Array) -> Walk:
         walk = Walk.read(inputs.ranges, inputs.mask, batch, row_tile)
         if not block.in_place:
             # Rows without any key are written too: any tile will do, for its mask hides all of it.
             is_empty = walk.steps == 0
             walk = walk._replace(steps=jnp.where(is_empty, 1, walk.steps), partial=jnp.where(is_empty, 1, walk.partial))
-        return cls(block, inputs, old, new, scratch, batch, row_tile, walk)
+        return walk
 
     def rows(self, warpgroup: jax.Array | int) -> pl.Slice:
         """The queries that a compute warpgroup holds."""
@@ -84,6 +108,8 @@ class _Program:
 
     def head(self, turn: jax.Array) -> jax.Array:
         """A query head of this program. Computed where it is needed: kept through a loop it would cost a register."""
+        if self.share is not None:
+            return _place_and_share(self.block, self.inputs)[0].head
         return (lax.axis_index("heads") + hidden_zero()) * self.block.heads + turn
 
     def slot(self, copy: jax.Array) -> jax.Array:
@@ -179,6 +205,55 @@ class _Program:
             pl.when(turn > 0)(lambda: plgpu.barrier_wait(free))
 
 
+def _place_and_share(block: Block, inputs: Ref) -> tuple[Place, Share]:
+    assert block.split is not None
+    batch, _, num_heads, _ = inputs.query.shape
+    program = lax.axis_index("programs") + hidden_zero()
+    sizes = {"num_heads": num_heads, "tiles": block.num_row_tiles, "batch": batch}
+    return place_and_share(block.split, inputs.first_shared, program, **sizes)
+
+
+class _Shared(NamedTuple):
+    """A program's share of its query tile's steps, and where sums go for the last piece, which merges them.
+
+    The pieces before it have begun earlier, and so never wait for one that cannot begin.
+    """
+
+    share: Share
+    partial: Partial
+
+    @property
+    def is_first_of_others(self) -> jax.Array:
+        """Whether this is a piece whose sums another one merges."""
+        return self.share.piece < self.share.pieces - 1
+
+    def leave(self, warpgroup: jax.Array, acc: jax.Array, softmax: Softmax) -> None:
+        """Leaves a warpgroup's sums for the last piece."""
+        where = self.share.tile, self.share.piece, warpgroup
+        self.partial.sums[where] = acc
+        self.partial.statistics[(*where, 0)] = softmax.maximum
+        self.partial.statistics[(*where, 1)] = softmax.total
+        if self.partial.done is not None:
+            signal(self.partial.done.at[self.share.tile, warpgroup])
+
+    def merge(self, warpgroup: jax.Array, acc: jax.Array, softmax: Softmax) -> tuple[jax.Array, Softmax]:
+        """Adds what all other pieces have left for a warpgroup, always in the same order."""
+        if self.partial.done is not None:
+            wait_for_signals(self.partial.done.at[self.share.tile, warpgroup], self.share.pieces - 1)
+
+        def add(piece: jax.Array, carry: tuple[jax.Array, Softmax]) -> tuple[jax.Array, Softmax]:
+            acc, softmax = carry
+            where = self.share.tile, piece, warpgroup
+            others = (
+                plgpu.load(self.partial.statistics.at[(*where, i)], layout=ROWS, optimized=False) for i in range(2)
+            )
+            softmax, own, other = softmax.merged(Softmax(*others))
+            sums = plgpu.load(self.partial.sums.at[where], layout=plgpu.Layout.WGMMA, optimized=False)
+            return acc * across_columns(own, acc.shape) + sums * across_columns(other, acc.shape), softmax
+
+        return lax.fori_loop(0, self.share.pieces - 1, add, (acc, softmax))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Worker:
     """One compute warpgroup of a program."""
@@ -201,17 +276,25 @@ class _Worker:
         carry = lax.fori_loop(first_full, walk.steps, lambda i, c: self.step(turn, i, c, is_partial=False), carry)
         acc, softmax, weights = carry
         last_slot = program.slot((turn + 1) * walk.steps - 1)
-        weigh = functools.partial(self.weights_of_sums, turn, softmax)
-        (own, old, new_lse), acc = accumulate_while(acc, weights, scratch.value.at[last_slot], use=weigh)
-        plgpu.barrier_arrive(scratch.value_free.at[last_slot])
-        self.write(turn, acc, own, old)
-        rows, num_rows = program.rows(self.warpgroup), program.new.lse.shape[-1]
-        # In the last tile a warpgroup may have none.
-        has_rows = rows.start < num_rows if num_rows % program.block.config.q_tile else True
 
-        @pl.when(has_rows)
-        def _():
-            program.new.lse[program.batch, program.head(turn), rows] = new_lse
+        def weigh():
+            result = self.weights_of_sums(turn, softmax)
+            if program.block.config.early_state and program.block.has_state:
+                self.wait_for_output()
+            return result
+
+        weighed, acc = accumulate_while(acc, weights, scratch.value.at[last_slot], use=weigh)
+        plgpu.barrier_arrive(scratch.value_free.at[last_slot])
+        if (shared := program.share) is None:
+            self.write(turn, acc, *weighed)
+            return
+        pl.when(shared.share.pieces == 1)(lambda: self.write(turn, acc, *weighed))
+        pl.when(shared.is_first_of_others)(lambda: shared.leave(self.warpgroup, acc, softmax))
+
+        @pl.when((shared.share.pieces > 1) & (shared.share.piece == shared.share.pieces - 1))
+        def _merge_and_write():
+            merged, softmax_of_all = shared.merge(self.warpgroup, acc, softmax)
+            self.write(turn, merged, *self.weights_of_sums(turn, softmax_of_all))
 
     def weights_of_sums(self, turn: jax.Array, softmax: Softmax) -> tuple[jax.Array, jax.Array | None, jax.Array]:
         """What a row of the block's sums and one of the running output count in the new output, and the new lse."""
@@ -219,17 +302,14 @@ class _Worker:
             own, lse = normalizer(softmax)
             return own, None, lse
         old_lse = self.program.scratch.running_lse(turn, self.warpgroup)
-        result = merge_weights(softmax, plgpu.load(old_lse, layout=ROWS))
-        if self.program.block.config.early_state:
-            self.wait_for_output()
-        return result
+        return merge_weights(softmax, plgpu.load(old_lse, layout=ROWS))
 
     def wait_for_output(self) -> None:
         """Waits for the running output; without one, for its place to be free."""
         plgpu.barrier_wait(self.program.scratch.output_ready.at[self.warpgroup])
 
-    def write(self, turn: jax.Array, acc: jax.Array, own: jax.Array, old: jax.Array | None) -> None:
-        """Weighs the sums and what was attended before, and sends the new output off."""
+    def write(self, turn: jax.Array, acc: jax.Array, own: jax.Array, old: jax.Array | None, new_lse: jax.Array) -> None:
+        """Weighs the sums and what was attended before, and sends the new output and its lse off."""
         program, block, scratch = self.program, self.program.block, self.program.scratch
         buffer = scratch.output.at[self.warpgroup]
         if not block.config.early_state:
@@ -246,6 +326,13 @@ class _Worker:
         plgpu.commit_smem()
         where = program.batch, program.rows(self.warpgroup), program.head(turn)
         plgpu.copy_smem_to_gmem(buffer, program.new.output.at[where])
+        rows, num_rows = program.rows(self.warpgroup), program.new.lse.shape[-1]
+        # In the last tile a warpgroup may have none.
+        has_rows = rows.start < num_rows if num_rows % block.config.q_tile else True
+
+        @pl.when(has_rows)
+        def _():
+            program.new.lse[program.batch, program.head(turn), rows] = new_lse
 
     def first_step(self, turn: jax.Array) -> tuple:
         """Accumulator, softmax and unused weights after the scores of the first key tile."""
@@ -336,7 +423,7 @@ def attend(
     None is the state before any key. With `is_last` the output comes in the query's dtype.
     """
     batch, num_queries, num_heads, head_dim = query.shape
-    row_tiles = -(-num_queries // config.q_tile)
+    row_tiles, key_tiles = -(-num_queries // config.q_tile), -(-key.shape[1] // config.k_tile)
     block = Block(
         config=config,
         num_keys=mask.k_positions.shape[-1],
@@ -350,11 +437,17 @@ def attend(
         has_segments=mask.q_segment_ids is not None,
         has_state=state is not None,
         is_last=is_last and (state is None or config.can_round_merged),
+        split=forward_split(mask, config, num_heads, row_tiles, batch, key_tiles),
     )
     grid = {"row_tiles": row_tiles, "heads": num_heads // block.heads, "batch": batch}
     order = forward_grid_order(mask.has_uneven_tiles, head_dim, math.prod(grid.values()))
+    if block.split is not None:
+        order = ("programs",)
+        grid = {"programs": num_programs(block.split, num_heads, row_tiles, batch)}
     masks = MaskInputs.of(mask, config.q_tile, config.k_tile)
-    inputs = Inputs(query, key, value, masks, key_ranges(mask, config.q_tile, config.k_tile))
+    ranges = key_ranges(mask, config.q_tile, config.k_tile)
+    first_shared = None if block.split is None else first_shared_tile(mask, ranges, block.split)
+    inputs = Inputs(query, key, value, masks, ranges, first_shared)
     # Written in place, the state is given as references; otherwise it is read like the other inputs.
     padded = None if state is None else AttentionState(state.output, pad_last(state.lse, WARPGROUP_ROWS))
     leaves, treedef = jax.tree.flatten((inputs, None if block.in_place else padded))
@@ -364,14 +457,21 @@ def attend(
         jax.ShapeDtypeStruct((batch, num_heads, -(-num_rows // WARPGROUP_ROWS) * WARPGROUP_ROWS), jnp.float32),
     )
 
+    partial_types = block.partial_types(batch)
+
     def body(*refs, **scratch):
         inputs, old = jax.tree.unflatten(treedef, refs[: len(leaves)])
-        new = AttentionState(*refs[len(leaves) :])
-        _Program.here(block, inputs, new if block.in_place else old, new, Scratch(**scratch)).run()
+        output, lse, *parts = refs[len(leaves) :]
+        new, partial = AttentionState(output, lse), None
+        if parts:
+            sums, statistics = parts
+            partial = Partial(sums, statistics, semaphores(sums.shape[0], config.compute_warpgroups))
+        old = new if block.in_place else old
+        _Program.here(block, inputs, old, new, Scratch(**scratch), partial).run()
 
     kernel = plgpu.kernel(
         body,
-        out_type=() if block.in_place else new,
+        out_type=partial_types if block.in_place else (*new, *partial_types),
         scratch_types=block.scratch_types(),
         grid=tuple(grid[name] for name in order),
         grid_names=order,
@@ -380,10 +480,19 @@ def attend(
         kernel_name="ring_jax_attention_forward",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
     )
-    result: Any
     if block.in_place:
-        result = pl.run_state(lambda refs: kernel(*leaves, *refs))(padded)
+
+        def update(refs):
+            (output_ref, lse_ref), partial_refs = refs
+            # Partial sums are kept only because the state's discharge wants all of a kernel's results used.
+            partial: Any = kernel(*leaves, output_ref, lse_ref)
+            for ref, x in zip(partial_refs, partial, strict=True):
+                ref[...] = x
+
+        empty = [jnp.empty(x.shape, x.dtype) for x in partial_types]
+        results: Any = pl.run_state(update)((padded, empty))
+        output, lse = results[0]
     else:
-        result = match_varying(kernel(*leaves), like=query)
-    output, lse = result
+        results = kernel(*leaves)
+        output, lse = match_varying(tuple(results[:2]), like=query)
     return AttentionState(output.astype(query.dtype) if is_last else output, lse[..., :num_rows])

@@ -6,11 +6,13 @@ from typing import NamedTuple
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from .mosaic_gpu_choices import ForwardConfig
 from .mosaic_gpu_masks import MaskInputs
 from .mosaic_gpu_primitives import WARPGROUP_ROWS, Ref, matrix_scratch, one_place, slot_of
+from .mosaic_gpu_softmax import Softmax
+from .mosaic_gpu_split import Split
 from .tiles import TileRanges
 
 _LSE_SLOTS = 2
@@ -24,6 +26,20 @@ class Inputs(NamedTuple):
     value: Float[Array, "B S K H"]
     mask: MaskInputs
     ranges: TileRanges
+    # The first of the last head's query tiles whose steps are shared, where there are such tiles.
+    first_shared: Int32[Array, "1"] | None = None
+
+
+class Partial(NamedTuple):
+    """Where pieces of a shared query tile leave their part for the last one of them.
+
+    `sums`, float32 `[tiles, pieces - 1, warpgroups, 64, H]`, are not normalized; `statistics`, `[tiles, pieces - 1,
+    warpgroups, 2, 64]`, are the fields of `Softmax`. `done`, `[tiles, warpgroups]`, counts the pieces that are there.
+    """
+
+    sums: Ref
+    statistics: Ref
+    done: Ref | None
 
 
 class Scratch(NamedTuple):
@@ -84,6 +100,7 @@ class Block:
     has_segments: bool
     has_state: bool
     is_last: bool
+    split: Split | None = None
 
     @property
     def can_skip_mask(self) -> bool:
@@ -127,3 +144,11 @@ class Block:
             value_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
             output_free=plgpu.Barrier(num_barriers=warpgroups),
         )._asdict()
+
+    def partial_types(self, batch: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """The arrays of a `Partial`, in the order of its fields; none if no tile is shared."""
+        if self.split is None:
+            return ()
+        pieces = (self.split.tiles * batch, self.split.pieces - 1, self.config.compute_warpgroups)
+        shapes = (*pieces, WARPGROUP_ROWS, self.head_dim), (*pieces, len(Softmax._fields), WARPGROUP_ROWS)
+        return tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)

@@ -30,6 +30,18 @@ class Walk(NamedTuple):
         before = full_start - start
         return cls(start, before, full_start, full_end, before + end - full_end, end - start)
 
+    def part(self, first: jax.Array, steps: jax.Array) -> "Walk":
+        """The walk of so many steps from `first` on."""
+        before, partial = jnp.maximum(self.before - first, 0), jnp.clip(self.partial - first, 0, steps)
+        return self._replace(
+            start=self.start + first,
+            before=before,
+            full_start=self.full_start + jnp.maximum(first - self.partial, 0),
+            full_end=self.full_end + jnp.maximum(first - self.before, 0),
+            partial=partial,
+            steps=steps,
+        )
+
     def tile(self, step: jax.Array) -> jax.Array:
         """The column tile of a step; steps below `partial` need the mask."""
         partial = jnp.where(step < self.before, self.start + step, self.full_end + step - self.before)

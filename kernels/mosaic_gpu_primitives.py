@@ -234,6 +234,25 @@ def sum_of_products(lefts: Sequence[Ref], rights: Sequence) -> jax.Array:
     return pl.run_scoped(body, _accumulator(lefts[0].shape[1], rights[0].shape[1]))
 
 
+def semaphores(*shape: int) -> Ref | None:
+    """Semaphores that all programs of a kernel share, 0 at its beginning. Every call makes new ones.
+
+    None in the interpreter, which runs one program of the grid after the other.
+    """
+    return None if is_interpreted() else pl.get_global(plgpu.SemaphoreType.REGULAR(shape))
+
+
+def signal(semaphore: Ref) -> None:
+    """Adds 1 when all of this warpgroup's threads have written what they wrote before."""
+    plgpu.commit_smem()  # For its barrier: one thread signals for all.
+    plgpu.semaphore_signal(semaphore, memory_scope="gpu")
+
+
+def wait_for_signals(semaphore: Ref, count: jax.Array) -> None:
+    """Waits for so many signals, and takes them off."""
+    plgpu.semaphore_wait(semaphore, count, memory_scope="gpu")
+
+
 def add_to_gmem(source: Ref, array: Ref, entry: tuple, first_row: jax.Array, num_rows: int) -> None:
     """Adds a committed tile in shared memory to rows `first_row...` of `array.at[batch, rows, head, columns]`.
 

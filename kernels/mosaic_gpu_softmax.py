@@ -45,6 +45,13 @@ class Softmax(NamedTuple):
         weights = jnp.exp2(exponents)
         return Softmax(maximum, self.total * decay + weights.sum(axis=1)), decay, weights
 
+    def merged(self, other: "Softmax") -> tuple["Softmax", jax.Array, jax.Array]:
+        """The state after the scores of both, and what to multiply either's sums with so that they add up."""
+        maximum = jnp.maximum(self.maximum, other.maximum)
+        base = jnp.where(maximum == -jnp.inf, 0.0, maximum)
+        own, others = jnp.exp2(self.maximum - base), jnp.exp2(other.maximum - base)
+        return Softmax(maximum, self.total * own + other.total * others), own, others
+
 
 def merge_weights(softmax: Softmax, old_lse: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What to multiply a block's own sums and the running output with so that they add up, and the new lse."""

@@ -34,6 +34,10 @@ CASES = [
     Case(queries=2048, keys=512, num_blocks=1, heads=4, kv_heads=1, head_dim=128, is_causal=False),
     Case(queries=4096, keys=512, heads=2, kv_heads=1, head_dim=64, is_causal=False, batch=2),
     Case(queries=4096, keys=1024, heads=4, kv_heads=1, head_dim=128, is_even=True),
+    # And query tiles: one head a program, which only many keys are.
+    Case(queries=384, keys=32768, num_blocks=1, heads=1, kv_heads=1, head_dim=128, is_causal=False),
+    Case(dtype="float16", queries=200, keys=33000, heads=2, kv_heads=1, head_dim=128, is_causal=False, batch=2),
+    Case(queries=1024, keys=32768, heads=1, kv_heads=1, head_dim=128, is_even=True),
 ]
 
 
@@ -55,6 +59,17 @@ def test_two_runs_give_identical_bits(head_dim):
     first, second = run(arrays(case)), run(arrays(case))
     for name in first:
         np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+
+
+def test_two_runs_of_shared_query_tiles_give_identical_bits():
+    case = Case(queries=17024, keys=32768, num_blocks=1, heads=1, kv_heads=1, head_dim=128, is_causal=False)
+    data = arrays(case)
+    q_positions, k_positions = (jnp.arange(n, dtype=jnp.int32) for n in (case.queries, case.keys))
+    mask = BlockMask(q_positions, k_positions, None, None, is_causal=False)
+    run = jax.jit(lambda q, k, v: mosaic_gpu.forward(q, k, v, None, mask, scale=case.scale, is_last=True))
+    one, other = (run(data["query"], data["key"], data["value"]) for _ in range(2))
+    np.testing.assert_array_equal(one.output, other.output)
+    np.testing.assert_array_equal(one.lse, other.lse)
 
 
 @pytest.mark.parametrize("length", [203])
