@@ -3,12 +3,13 @@
 import jax
 
 
-def compiler_options(platform: str | None = None) -> dict[str, bool | int]:
+def compiler_options(platform: str | None = None) -> dict[str, bool | int | str]:
     """XLA options for `jax.jit(compiler_options=...)` of a program with `ring_attention` in it.
 
     On GPUs they let all the permutes of a step (K, V and in the backward ring dK, dV) run at once beside the kernel;
-    by default only one collective is asynchronous at a time, and before Hopper none is. Elsewhere there is nothing to
-    set.
+    by default only one collective is asynchronous at a time, and before Hopper none is. Between GPUs of one process the
+    copy engines make the hops: NCCL's kernels would take multiprocessors from ours (`benchmarks/LOG.md`). Processes
+    that each have a GPU, and hosts, use NCCL all the same. Elsewhere there is nothing to set.
 
     Args:
         platform: "gpu" (or "cuda"), "cpu", ...; the default backend's if None.
@@ -19,4 +20,5 @@ def compiler_options(platform: str | None = None) -> dict[str, bool | int]:
     return {
         "xla_gpu_enable_latency_hiding_scheduler": True,
         "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
+        "xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY",
     }

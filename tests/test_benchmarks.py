@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import gate, memory, mesh, mfu
+from benchmarks import gate, memory, mesh, mfu, ring, timing
 from benchmarks import kernels as kernel_benchmarks
 from benchmarks import replay as replay_module
 from benchmarks.cases import Case, make_inputs
@@ -127,6 +127,28 @@ def test_rows_statistics_are_those_of_the_oracle(is_causal, monkeypatch):
     )
     np.testing.assert_allclose(part.dk, exact.dk[:, some])
     np.testing.assert_allclose(part.dv, exact.dv[:, some])
+
+
+SMALL_RING = ["--tokens-per-gpu", "32", "--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--rest", "0"]
+
+
+def test_a_ring_is_timed_beside_itself_without_hops(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(timing, "MIN_SECONDS", 0.0)
+    ring.main([*SMALL_RING, "--out", str(tmp_path)])
+    assert "virtual CPU devices" in capsys.readouterr().out
+    (path,) = tmp_path.iterdir()
+    forward, backward = json.loads(path.read_text())["rows"]
+    assert (forward["pass"], backward["pass"]) == ("forward", "backward")
+    for row in (forward, backward):
+        assert row["shards"] == 8
+        assert row["of_without_hops"] == pytest.approx(row["without_hops_ms"] / row["ring_ms"])
+
+
+def test_a_ring_without_hops_is_wrong_and_would_not_be_timed():
+    (one,) = ring.rings(ring.Config(tokens_per_gpu=("32",), heads=2, kv_heads=2, head_dim=8))
+    one.check(one.passes())
+    with pytest.raises(ValueError, match="wrong result on rank 0"):
+        one.check(one.passes(with_hops=False))
 
 
 def test_a_rank_counts_the_pairs_it_computes():

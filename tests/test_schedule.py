@@ -1,11 +1,14 @@
 """The ring as XLA schedules it for eight GPUs that are not there: every hop hidden, nothing copied, memory bounded."""
 
 import dataclasses
+import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import pytest
 
+import ring_jax
 from benchmarks.schedule import RingCase, compile_ring
 from ring_jax.cluster import GPUS, compile_only_devices, gpu_description, read_schedule
 from ring_jax.ring import MAX_UNROLLED_STEPS
@@ -47,6 +50,19 @@ def test_positions_and_tiles_are_computed_once_for_all_steps(is_causal, sizes):
         others.append((forward.num_others, gradient.num_others - len(additions)))
     assert others[0] == others[1]
     assert min(others[0]) > 0
+
+
+def test_copy_engines_make_the_hops():
+    """NCCL's kernels would take multiprocessors from ours (`benchmarks/LOG.md`)."""
+    mesh = jax.sharding.Mesh(compile_only_devices("h200", gpus_per_host=4), ("seq",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "seq"))
+    array = jax.ShapeDtypeStruct((1, 512, 2, 64), jnp.bfloat16, sharding=sharding)
+    attend = functools.partial(ring_jax.ring_attention, mesh=mesh, implementation="xla")
+    compiled = jax.jit(attend, compiler_options=ring_jax.compiler_options("gpu")).lower(array, array, array).compile()
+    hops = [line for line in (compiled.as_text() or "").splitlines() if " collective-permute" in line and "(%" in line]
+    starts = [line for line in hops if "collective_backend_config" in line]
+    assert len(starts) == 2 * 3
+    assert all('"collectives_mode":"COLLECTIVES_PEER_MEMORY"' in line for line in starts)
 
 
 def test_large_rings_compile_to_a_loop_with_the_same_guarantees():
