@@ -23,7 +23,7 @@ from .replay import Replay
 
 SAMPLED_ROWS = 32
 # A key of each of so many equal parts, and some of the last ones: kernels treat those of the last tiles unlike others.
-_PARTS, _LAST_SAMPLED, _LAST = 48, 16, 512
+_PARTS, _LAST_SAMPLED, _LAST = 24, 8, 512
 # Scores held at a time while logsumexps are computed.
 _MAX_SCORES = 2**28
 
