@@ -21,8 +21,8 @@ from .cases import ERROR_CONSTANTS, Case
 from .peers import Passes
 from .replay import Replay
 
-SAMPLED_ROWS = 32
-# A key of each of so many equal parts, and some of the last ones: kernels treat those of the last tiles unlike others.
+# A row or key of each of so many equal parts, and some of the last ones of either half: kernels treat those of the last
+# tiles that see anything unlike others, and in a zigzag ring these may end with the first half.
 _PARTS, _LAST_SAMPLED, _LAST = 24, 8, 512
 # Scores held at a time while logsumexps are computed.
 _MAX_SCORES = 2**28
@@ -88,16 +88,12 @@ class Gate:
 
     @property
     def _sampled_rows(self) -> np.ndarray:
-        if self.rows is not None:
-            return np.asarray(self.rows)
-        return np.random.default_rng(0).choice(self.arrays[0].shape[1], SAMPLED_ROWS, replace=False)
+        return _sample(self.arrays[0].shape[1]) if self.rows is None else np.asarray(self.rows)
 
     @property
     def _sampled_keys(self) -> np.ndarray:
         """Keys, counted through the blocks of all shards."""
-        rng, count = np.random.default_rng(0), self.case.seq_len
-        parts = [rng.integers(part * count // _PARTS, (part + 1) * count // _PARTS) for part in range(_PARTS)]
-        return np.concatenate([parts, rng.integers(max(0, count - _LAST), count, _LAST_SAMPLED)])
+        return _sample(self.case.seq_len)
 
     @property
     def _kv_heads(self) -> list[int]:
@@ -192,6 +188,13 @@ def row_statistics(
     at_a_time = max(1, min(num_rows, _MAX_SCORES // (num_heads * len(key))))
     lse, delta = lax.map(of_row, (query, d_out, q_positions), batch_size=at_a_time)
     return lse.T, delta.T
+
+
+def _sample(count: int) -> Int[np.ndarray, " sampled"]:
+    rng = np.random.default_rng(0)
+    parts = [rng.integers(part * count // _PARTS, (part + 1) * count // _PARTS) for part in range(_PARTS)]
+    last = [rng.integers(max(0, end - _LAST), end, _LAST_SAMPLED) for end in (count // 2, count)]
+    return np.concatenate([parts, *last])
 
 
 def _excess(errors: Errors) -> float:

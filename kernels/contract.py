@@ -47,8 +47,8 @@ class BlockMask:
     a number only: XLA sees what kernels compute from the positions as the same for all, and computes it once. Such a
     mask has no segment ids. Only implementations that `registry` says can index blocks are given one.
 
-    `is_even` says that queries that see any key see about as many as others do, and keys likewise. It changes no
-    result: kernels choose by it in what order they take their tiles.
+    `is_even` says that queries that see any key see about as many as others do, and keys likewise. It changes
+    results by rounding only: kernels choose by it in what order and by how many programs their tiles are taken.
     """
 
     q_positions: Int32[Array, " T"]

@@ -15,8 +15,8 @@ _MANY_PROGRAMS = 1024
 # For shared gradients zeros are made, and they are put in their place. Shared outputs are merged piece by piece.
 _BACKWARD_COSTS = SplitCosts(program=4, sharing=16)
 _FORWARD_COSTS = SplitCosts(program=4, sharing=4, piece=0.5)
-# From so many keys on the last of equal programs can be split, if each takes one head. Where programs are unequal, what
-# one of one head loses at its beginning and end is less than 1 % of the time that twice as many keys take.
+# From so many keys on the last of equal programs can be split, if each takes one head. What one of one head loses at
+# its beginning and end is less than 1 % of the time that twice as many keys take: no other program takes more there.
 _MANY_KEYS, _VERY_MANY_KEYS = 16384, 32768
 
 

@@ -8,6 +8,9 @@ more than a slack (as in FlashAttention-4), and whether any has is all that is a
 
 The running state is merged after the last key tile: until then its copy into shared memory is in flight. A program
 takes several query heads in turn: while the output of one is written, the tiles of the next are on their way.
+
+Where all programs are equal and the last few would run alone, several programs share the keys of those query tiles. The
+last of them waits for the sums of the others and merges them, always in the same order.
 """
 
 import dataclasses
@@ -65,7 +68,7 @@ class _Program:
     row_tile: jax.Array
     walk: Walk
     # Where any query tile's steps are shared by several programs.
-    share: "_Shared | None"
+    shared: "_Shared | None"
 
     @classmethod
     def here(cls, block: Block, inputs: Ref, old: Any, new: Any, scratch: Scratch, partial: Any) -> "_Program":
@@ -108,7 +111,7 @@ class _Program:
 
     def head(self, turn: jax.Array) -> jax.Array:
         """A query head of this program. Computed where it is needed: kept through a loop it would cost a register."""
-        if self.share is not None:
+        if self.shared is not None:
             return _place_and_share(self.block, self.inputs)[0].head
         return (lax.axis_index("heads") + hidden_zero()) * self.block.heads + turn
 
@@ -216,14 +219,15 @@ def _place_and_share(block: Block, inputs: Ref) -> tuple[Place, Share]:
 class _Shared(NamedTuple):
     """A program's share of its query tile's steps, and where sums go for the last piece, which merges them.
 
-    The pieces before it have begun earlier, and so never wait for one that cannot begin.
+    It waits for the pieces before it only. They come before it in the grid, and so have begun or ended when it begins:
+    GPUs begin programs in the grid's order, though CUDA does not promise it.
     """
 
     share: Share
     partial: Partial
 
     @property
-    def is_first_of_others(self) -> jax.Array:
+    def is_merged_by_another(self) -> jax.Array:
         """Whether this is a piece whose sums another one merges."""
         return self.share.piece < self.share.pieces - 1
 
@@ -233,13 +237,11 @@ class _Shared(NamedTuple):
         self.partial.sums[where] = acc
         self.partial.statistics[(*where, 0)] = softmax.maximum
         self.partial.statistics[(*where, 1)] = softmax.total
-        if self.partial.done is not None:
-            signal(self.partial.done.at[self.share.tile, warpgroup])
+        signal(self.partial.done, self.share.tile, warpgroup)
 
     def merge(self, warpgroup: jax.Array, acc: jax.Array, softmax: Softmax) -> tuple[jax.Array, Softmax]:
         """Adds what all other pieces have left for a warpgroup, always in the same order."""
-        if self.partial.done is not None:
-            wait_for_signals(self.partial.done.at[self.share.tile, warpgroup], self.share.pieces - 1)
+        wait_for_signals(self.partial.done, self.share.tile, warpgroup, count=self.share.pieces - 1)
 
         def add(piece: jax.Array, carry: tuple[jax.Array, Softmax]) -> tuple[jax.Array, Softmax]:
             acc, softmax = carry
@@ -285,11 +287,11 @@ class _Worker:
 
         weighed, acc = accumulate_while(acc, weights, scratch.value.at[last_slot], use=weigh)
         plgpu.barrier_arrive(scratch.value_free.at[last_slot])
-        if (shared := program.share) is None:
+        if (shared := program.shared) is None:
             self.write(turn, acc, *weighed)
             return
         pl.when(shared.share.pieces == 1)(lambda: self.write(turn, acc, *weighed))
-        pl.when(shared.is_first_of_others)(lambda: shared.leave(self.warpgroup, acc, softmax))
+        pl.when(shared.is_merged_by_another)(lambda: shared.leave(self.warpgroup, acc, softmax))
 
         @pl.when((shared.share.pieces > 1) & (shared.share.piece == shared.share.pieces - 1))
         def _merge_and_write():

@@ -6,6 +6,7 @@ in `mosaic_gpu_inline`:
 - `scores_while_accumulating`, `accumulate_while`, `accumulate_two_beside`: `wgmma` into a carried accumulator, its left
   operand in registers.
 - `add_to_gmem`: a bulk copy that adds into global memory (`reduction_op="add"`).
+- `semaphores`, `signal`, `wait_for_signals`: waiting for another program of the grid.
 """
 
 from collections.abc import Callable, Sequence
@@ -242,15 +243,17 @@ def semaphores(*shape: int) -> Ref | None:
     return None if is_interpreted() else pl.get_global(plgpu.SemaphoreType.REGULAR(shape))
 
 
-def signal(semaphore: Ref) -> None:
-    """Adds 1 when all of this warpgroup's threads have written what they wrote before."""
-    plgpu.commit_smem()  # For its barrier: one thread signals for all.
-    plgpu.semaphore_signal(semaphore, memory_scope="gpu")
+def signal(everyones: Ref | None, *where: jax.Array) -> None:
+    """Adds 1 to one of `semaphores` when all of this warpgroup's threads have written what they wrote before."""
+    if everyones is not None:
+        plgpu.commit_smem()  # For its barrier: one thread signals for all.
+        plgpu.semaphore_signal(everyones.at[where], memory_scope="gpu")
 
 
-def wait_for_signals(semaphore: Ref, count: jax.Array) -> None:
-    """Waits for so many signals, and takes them off."""
-    plgpu.semaphore_wait(semaphore, count, memory_scope="gpu")
+def wait_for_signals(everyones: Ref | None, *where: jax.Array, count: jax.Array) -> None:
+    """Waits for so many signals of one of `semaphores`, and takes them off."""
+    if everyones is not None:
+        plgpu.semaphore_wait(everyones.at[where], count, memory_scope="gpu")
 
 
 def add_to_gmem(source: Ref, array: Ref, entry: tuple, first_row: jax.Array, num_rows: int) -> None:

@@ -70,7 +70,8 @@ def map_token_shards(
     """`fn(tokens, weights)` on each shard of `tokens`, arrays `[B, T, ...]`; the result's arrays are `[B, T, ...]` too.
 
     `fn` sees whole `weights` (still sharded over axes that do not cut tokens, such as tensor parallelism) and must
-    treat each token alone. Without a mesh, or inside a `shard_map` over these axes, it is simply called.
+    treat each token alone. Without a mesh, inside a `shard_map` over these axes, or where each is of one device, it is
+    simply called.
 
     Raises:
         ValueError: the batch or the sequence does not divide by its axes.
@@ -81,13 +82,15 @@ def map_token_shards(
         return fn(tokens, match_varying(weights, like=tokens))
 
     spec = token_spec(batch_axis, seq_axis)
-    # Axes of one device cut nothing, and XLA's partitioner refuses sums over them beside others that are not manual.
-    manual = {name for names in spec for name in _names(names) if num_shards(name) > 1}
-    spec = PartitionSpec(*(tuple(name for name in _names(names) if name in manual) or None for names in spec))
-    if not manual:
+    if not any(spec):
         return local(tokens, weights)
     _check_divides(jax.tree.leaves(tokens)[0].shape, spec)
-    mapped = jax.shard_map(local, in_specs=(spec, PartitionSpec()), out_specs=spec, axis_names=manual)
+    # Axes of one device cut nothing, and XLA's partitioner refuses sums over them beside others that are not manual.
+    cut = PartitionSpec(*(tuple(name for name in _names(names) if num_shards(name) > 1) or None for names in spec))
+    manual = {name for names in cut for name in _names(names)}
+    mapped = local
+    if manual:
+        mapped = jax.shard_map(local, in_specs=(cut, PartitionSpec()), out_specs=cut, axis_names=manual)
     return on_auto_axes(mapped, spec)(tokens, weights)
 
 

@@ -22,8 +22,8 @@ from tests.jaxpr_shapes import has_elements, intermediate_shapes
 SEQ_LEN, DIM, HEADS = 32, 32, 4
 
 
-def _mesh(kind=AxisType.Auto):
-    return jax.make_mesh((2, 4), ("data", "seq"), axis_types=(kind, kind))
+def _mesh(kind=AxisType.Auto, sizes=(2, 4)):
+    return jax.make_mesh(sizes, ("data", "seq"), axis_types=(kind, kind))
 
 
 @pytest.fixture
@@ -259,8 +259,16 @@ def _swiglu(x, gate, up, down):
 
 
 class TestBlockwiseMLP:
-    @pytest.mark.parametrize(("kind", "chunk_size"), [(AxisType.Auto, 5), (AxisType.Explicit, 2048)])
-    def test_output_and_gradients_equal_dense(self, kind, chunk_size):
+    @pytest.mark.parametrize(
+        ("kind", "sizes", "chunk_size"),
+        [
+            (AxisType.Auto, (2, 4), 5),
+            (AxisType.Explicit, (2, 4), 2048),
+            (AxisType.Explicit, (1, 4), 2048),
+            (AxisType.Explicit, (1, 1), 2048),
+        ],
+    )
+    def test_output_and_gradients_equal_dense(self, kind, sizes, chunk_size):
         layer = BlockwiseMLP(16, 40, chunk_size=chunk_size, rngs=nnx.Rngs(0))
         x, cotangent = _normal(2, 92, 16), _normal(2, 92, 16, seed=1)
         weights = layer.gate[...], layer.up[...], layer.down[...]
@@ -270,7 +278,7 @@ class TestBlockwiseMLP:
             output, vjp = jax.vjp(f, *arrays)
             return output, vjp(cotangent)
 
-        with jax.set_mesh(mesh := _mesh(kind)):
+        with jax.set_mesh(mesh := _mesh(kind, sizes)):
             placed = jax.device_put(cotangent, NamedSharding(mesh, PartitionSpec("data", "seq")))
             ours = functools.partial(run, lambda state, x: nnx.merge(graph, state)(x))
             output, (d_state, d_x) = jax.jit(ours)(placed, state, x)

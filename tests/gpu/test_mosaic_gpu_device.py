@@ -7,6 +7,7 @@ import pytest
 
 from ring_jax.kernels import mosaic_gpu, mosaic_gpu_deterministic
 from ring_jax.kernels.contract import AttentionState, BlockMask
+from ring_jax.kernels.mosaic_gpu_choices import default_forward_config, forward_split
 from ring_jax.kernels.reference import reference_attention, visible_pairs
 from tests.block_cases import Case, arrays, blocks, failures
 
@@ -38,6 +39,8 @@ CASES = [
     Case(queries=384, keys=32768, num_blocks=1, heads=1, kv_heads=1, head_dim=128, is_causal=False),
     Case(dtype="float16", queries=200, keys=33000, heads=2, kv_heads=1, head_dim=128, is_causal=False, batch=2),
     Case(queries=1024, keys=32768, heads=1, kv_heads=1, head_dim=128, is_even=True),
+    Case(queries=384, keys=16384, num_blocks=3, heads=2, kv_heads=1, head_dim=128, is_causal=False),
+    Case(queries=1024, keys=16384, num_blocks=3, heads=1, kv_heads=1, head_dim=128, is_even=True, by_index=True),
 ]
 
 
@@ -66,6 +69,8 @@ def test_two_runs_of_shared_query_tiles_give_identical_bits():
     data = arrays(case)
     q_positions, k_positions = (jnp.arange(n, dtype=jnp.int32) for n in (case.queries, case.keys))
     mask = BlockMask(q_positions, k_positions, None, None, is_causal=False)
+    config = default_forward_config(mask, 128, num_keys=case.keys, has_state=False, in_place=False)
+    assert forward_split(mask, config, 1, case.queries // 128, 1, case.keys // 128) is not None
     run = jax.jit(lambda q, k, v: mosaic_gpu.forward(q, k, v, None, mask, scale=case.scale, is_last=True))
     one, other = (run(data["query"], data["key"], data["value"]) for _ in range(2))
     np.testing.assert_array_equal(one.output, other.output)
