@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -19,8 +20,9 @@ from ring_jax.kernels import (
     mosaic_gpu_deterministic,
     mosaic_gpu_forward,
     mosaic_gpu_split,
+    xla,
 )
-from ring_jax.kernels.contract import AttentionState, BlockMask
+from ring_jax.kernels.contract import AttentionState, BlockMask, Gradients
 from tests.block_cases import Case, arrays, blocks, failures
 
 # Tiles are 128 or 192 queries and 64 or 128 keys: these have full, partial and empty tiles, tails or none,
@@ -90,7 +92,6 @@ def test_key_tiles_shared_by_programs_agree_with_the_oracle_without_races(case, 
         Case(queries=640, keys=512, num_blocks=1, heads=1, kv_heads=1, head_dim=128, is_causal=False),
         Case(queries=640, keys=300, num_blocks=3, heads=1, kv_heads=1, head_dim=128, is_causal=False),
         Case(queries=256, keys=256, heads=2, kv_heads=1, head_dim=128, is_causal=False, batch=2),
-        Case(queries=640, keys=512, num_blocks=3, heads=1, kv_heads=1, head_dim=128, is_even=True),
         Case(queries=640, keys=512, num_blocks=3, heads=1, kv_heads=1, head_dim=128, is_even=True, by_index=True),
     ],
     ids=str,
@@ -100,12 +101,21 @@ def test_query_tiles_shared_by_programs_agree_with_the_oracle_without_races(case
     for name in ("_MANY_KEYS", "_VERY_MANY_KEYS"):
         monkeypatch.setattr(mosaic_gpu_choices, name, 0)
     splits = _watched_splits(monkeypatch, mosaic_gpu_forward, "forward_split", 4 if case.batch == 1 else 6)
+    # The interpreter takes its time, and the backward is not what is tested.
+    kernel = SimpleNamespace(
+        forward=mosaic_gpu.forward, backward=_plain_backward, finished_d_query=xla.finished_d_query
+    )
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        found = blocks(case)(mosaic_gpu, arrays(case))
+        found = blocks(case)(kernel, arrays(case))
     pieces = 2 if case.is_even or case.batch > 1 else -(-case.keys // 128)
     assert [split and split.pieces for split in splits] == [pieces] * case.num_blocks
     assert failures(case, {name: np.asarray(value) for name, value in found.items()}) == []
     assert _races(capfd.readouterr().out) == []
+
+
+def _plain_backward(*args: Any, **options: Any) -> Gradients:
+    backward: Any = xla.backward
+    return backward(*args[:-1], args[-1].alone(), **options)
 
 
 def _watched_splits(monkeypatch, module, name: str, multiprocessors: int) -> list:
