@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import operator
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,7 +52,7 @@ class Config:
     rest: float = REST_SECONDS
     """Seconds before each sample; with 0 at the clock that the power limit leaves, as in training."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Where to write ring-GPUSxNAME.json. None: print only."""
+    """Where to write ring-COUNTxGPU.json. None: print only."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Ring:
         return self.mesh.size
 
     def program(self, rank: int) -> Program:
-        """What a rank computes."""
+        """What a rank computes, by the kernel that the ring chooses for its GPU."""
         target = kernels.Target.of_device(self.mesh.devices.flat[rank])
         chosen = kernels.choose(None, kernels.Need(target, self.case.dtype, self.case.head_dim))
         return Program(chosen, self.case, Replay(self.num_shards, rank, self.layout, self.case.is_causal))
@@ -128,10 +127,8 @@ class Ring:
         assert passes.backward is not None
         output, (dq, *_) = passes.forward(), passes.backward()
         for rank in (0, self.num_shards - 1):
-            shards = self.of_rank(output, rank), self.of_rank(dq, rank)
-            passes = Passes(
-                functools.partial(operator.getitem, shards, 0), functools.partial(operator.getitem, shards, 1)
-            )
+            own_output, own_dq = self.of_rank(output, rank), self.of_rank(dq, rank)
+            passes = Passes(lambda own=own_output: own, lambda own=own_dq: own)
             errors = Gate(self.case, self.program(rank).replay, self.rank_arrays(rank)).row_errors(passes)
             if not errors.is_allowed:
                 raise ValueError(f"wrong result on rank {rank}: {errors}")
