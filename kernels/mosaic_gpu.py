@@ -66,10 +66,7 @@ def forward(
     columns = _round_up(head_dim, 32)
     query, key, value = (_pad(x, columns) for x in (query, key, value))
     padded = None if state is None else AttentionState(_pad(state.output, columns), state.lse)
-    in_place = state is not None and not is_last
-    config = default_forward_config(
-        mask, columns, num_keys=key.shape[1], has_state=state is not None, in_place=in_place
-    )
+    config = default_forward_config(columns, has_segments=mask.q_segment_ids is not None)
     result = attend(query, key, value, padded, mask, scale=scale, is_last=is_last, config=config)
     return AttentionState(result.output[:, :num_queries, :, :head_dim], result.lse)
 

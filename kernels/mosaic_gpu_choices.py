@@ -5,6 +5,9 @@ All of it was chosen by measuring on an H200; the runs are in `benchmarks/LOG.md
 
 import dataclasses
 
+import jax
+from jaxtyping import Array, Float
+
 from .contract import BlockMask
 from .mosaic_gpu_primitives import WARPGROUP_ROWS
 from .mosaic_gpu_split import Split, SplitCosts, split_of
@@ -12,12 +15,10 @@ from .mosaic_gpu_split import Split, SplitCosts, split_of
 BACKWARD_WARPGROUPS = 2
 # Programs under a causal mask are unequal. From this many on, one head after the other is faster all the same.
 _MANY_PROGRAMS = 1024
-# For shared gradients zeros are made, and they are put in their place. Shared outputs are merged piece by piece.
+# For shared gradients zeros are made, and they are put in their place.
 _BACKWARD_COSTS = SplitCosts(program=4, sharing=16)
-_FORWARD_COSTS = SplitCosts(program=4, sharing=4, piece=0.5)
-# From so many keys on the last of equal programs can be split, if each takes one head. What one of one head loses at
-# its beginning and end is less than 1 % of the time that twice as many keys take: no other program takes more there.
-_MANY_KEYS, _VERY_MANY_KEYS = 16384, 32768
+# Of the 50 MB of an H100's and an H200's L2 cache, what keys and values find there again.
+_L2_BYTES = 20 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +26,13 @@ class ForwardConfig:
     """Tile sizes of the forward kernel.
 
     `q_tile` queries per program, 64 for each compute warpgroup; `k_tile` keys per step; `stages` key and value tiles in
-    shared memory. A program takes up to `heads` query heads in turn. `early_state` gives the running output shared
-    memory of its own, so that it is copied while keys are still computed with.
+    shared memory. `early_state` gives the running output shared memory of its own, so that it is copied while keys are
+    still computed with; without, a program takes one query tile only.
     """
 
     q_tile: int
     k_tile: int
     stages: int
-    heads: int = 4
     early_state: bool = True
 
     def __post_init__(self):
@@ -42,8 +42,6 @@ class ForwardConfig:
             raise ValueError(f"k_tile must be a multiple of 16 up to 256, got {self.k_tile}")
         if self.stages < 2:
             raise ValueError(f"stages must be at least 2, got {self.stages}")
-        if self.heads < 1 or (self.heads > 1 and not self.early_state):
-            raise ValueError(f"heads must be at least 1, and 1 without early_state, got {self.heads}")
 
     @property
     def compute_warpgroups(self) -> int:
@@ -63,42 +61,53 @@ class ForwardConfig:
         return {2: (40, 232), 3: (32, 160)}[self.compute_warpgroups]
 
 
-def default_forward_config(
-    mask: BlockMask, head_dim: int, *, num_keys: int, has_state: bool, in_place: bool
-) -> ForwardConfig:
-    """What is used for a block: the fastest of those measured on an H200 whose registers are not spilled.
-
-    `has_state` says that earlier blocks have been attended to, `in_place` that later ones will be too. Where every
-    program takes equally long, many short ones leave fewer SMs idle at the end than a few of several heads.
-    """
-    has_segments = mask.q_segment_ids is not None
-    is_all_visible = not has_state and not has_segments and not mask.is_causal
+def default_forward_config(head_dim: int, *, has_segments: bool) -> ForwardConfig:
+    """What is used for a block: the fastest of those measured on an H200 whose registers are not spilled."""
     if head_dim <= 64:
-        if has_segments:
-            return ForwardConfig(q_tile=128, k_tile=128, stages=2, heads=4)
-        return ForwardConfig(q_tile=192, k_tile=128, stages=2, heads=1 if is_all_visible else 2)
+        return ForwardConfig(q_tile=128 if has_segments else 192, k_tile=128, stages=2)
     if head_dim <= 128:
-        heads = _heads_of_a_program(mask, num_keys, in_place=in_place, is_all_visible=is_all_visible)
-        return ForwardConfig(q_tile=128, k_tile=128, stages=2, heads=heads)
-    return ForwardConfig(q_tile=128, k_tile=64, stages=2, heads=1, early_state=False)
+        return ForwardConfig(q_tile=128, k_tile=128, stages=2)
+    return ForwardConfig(q_tile=128, k_tile=64, stages=2, early_state=False)
 
 
-def _heads_of_a_program(mask: BlockMask, num_keys: int, *, in_place: bool, is_all_visible: bool) -> int:
-    """How many heads a program takes at most, for head dims from 65 to 128."""
-    if mask.q_segment_ids is not None:
-        return 1 if in_place else 4
-    if is_all_visible or (in_place and not mask.has_uneven_tiles):
-        return 1 if num_keys >= _MANY_KEYS else 2
-    return 1 if num_keys >= _VERY_MANY_KEYS else 4
+def forward_has_ranges(mask: BlockMask, config: ForwardConfig) -> bool:
+    """Whether all query tiles that see anything take equally long, so that the last ones' steps can be shared.
+
+    Three warpgroups are short of registers for it.
+    """
+    if mask.has_uneven_tiles or mask.q_segment_ids is not None:
+        return False
+    return config.early_state and config.compute_warpgroups == 2
 
 
-def forward_split(
-    mask: BlockMask, config: ForwardConfig, num_heads: int, row_tiles: int, batch: int, num_steps: int
-) -> Split | None:
-    """How the last programs of the forward kernel are split: query tiles of `num_heads` heads, one head a program."""
-    if config.heads > 1 or not config.can_round_merged:
-        return None
-    return split_of(mask, num_heads, row_tiles, batch, num_steps, _FORWARD_COSTS)
+def forward_waves(*, is_last: bool) -> int:
+    """How many programs a multiprocessor runs one after the other, where one could take all that it has time for.
+
+    A ring's hops go on while its blocks but the last are attended to. Between processes NCCL's kernels make them, which
+    begin only where a program has ended.
+    """
+    if is_last:
+        return 1
+    return 4 if jax.process_count() > 1 else 2
+
+
+def forward_heads_together(mask: BlockMask, query: Float[Array, "B T N H"], key: Float[Array, "B S K H"]) -> int:
+    """How many heads' query tiles are taken side by side, the last tiles of all of them first.
+
+    Tiles of one head side by side read the same keys and values, which then stay in the L2 cache. But on the diagonal
+    of a causal mask tiles are of unequal length, and the longest of the last head would end late: as many heads are
+    taken together as the cache holds the keys and values of, and for small head dims all of them.
+    """
+    if not mask.has_uneven_tiles:
+        return 1
+    batch, _, num_heads, head_dim = query.shape
+    _, num_keys, kv_heads, _ = key.shape
+    all_heads = batch * num_heads
+    if head_dim <= 64:
+        return all_heads
+    in_cache = _L2_BYTES // (2 * num_keys * head_dim * key.dtype.itemsize) * (num_heads // kv_heads)
+    # A smaller last group would end late.
+    return max(heads for heads in range(1, all_heads + 1) if all_heads % heads == 0 and heads <= max(in_cache, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,18 +136,6 @@ def backward_split(mask: BlockMask, num_heads: int, key_tiles: int, batch: int, 
 def default_backward_config(head_dim: int) -> BackwardConfig:
     """What is used for a head dim of 64 or 128."""
     return BackwardConfig(q_tile=128 if head_dim == 64 else 64)
-
-
-def forward_grid_order(is_uneven: bool, head_dim: int, num_programs: int) -> tuple[str, str, str]:
-    """The grid's dims, the slowest first.
-
-    Programs of one head side by side read the same keys and values, which then stay in the L2 cache however long they
-    are. But on the diagonal of a causal mask programs are of unequal length, and the longest of the last head would end
-    late: those of all heads go first if there are few programs, and for small head dims always.
-    """
-    if is_uneven and (head_dim <= 64 or num_programs < _MANY_PROGRAMS):
-        return "row_tiles", "heads", "batch"
-    return "heads", "row_tiles", "batch"
 
 
 def backward_grid_order(is_uneven: bool, num_programs: int) -> tuple[str, str, str]:

@@ -6,16 +6,17 @@ from typing import NamedTuple
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
 from .mosaic_gpu_choices import ForwardConfig
 from .mosaic_gpu_masks import MaskInputs
 from .mosaic_gpu_primitives import WARPGROUP_ROWS, Ref, matrix_scratch, one_place, slot_of
+from .mosaic_gpu_queue import PIECE_NUMBERS, Queue, Work
 from .mosaic_gpu_softmax import Softmax
-from .mosaic_gpu_split import Split
 from .tiles import TileRanges
 
-_LSE_SLOTS = 2
+# A program's next piece of work is looked up, and its queries are copied, while the one before is computed with.
+_PIECE_SLOTS = 2
 
 
 class Inputs(NamedTuple):
@@ -26,20 +27,18 @@ class Inputs(NamedTuple):
     value: Float[Array, "B S K H"]
     mask: MaskInputs
     ranges: TileRanges
-    # The first of the last head's query tiles whose steps are shared, where there are such tiles.
-    first_shared: Int32[Array, "1"] | None = None
+    work: Work | None
 
 
 class Partial(NamedTuple):
-    """Where pieces of a shared query tile leave their part for the last one of them.
+    """Where a range of steps leaves its part of a query tile for the range that has the tile's end.
 
-    `sums`, float32 `[tiles, pieces - 1, warpgroups, 64, H]`, are not normalized; `statistics`, `[tiles, pieces - 1,
-    warpgroups, 2, 64]`, are the fields of `Softmax`. `done`, `[tiles, warpgroups]`, counts the pieces that are there.
+    `sums`, float32 `[ranges, warpgroups, 64, H]`, are not normalized; `statistics`, `[ranges, warpgroups, 2, 64]`, are
+    the fields of `Softmax`.
     """
 
     sums: Ref
     statistics: Ref
-    done: Ref | None
 
 
 class Scratch(NamedTuple):
@@ -47,12 +46,16 @@ class Scratch(NamedTuple):
 
     # Queries, keys and values; and the output: the running one on its way in, and the new one on its way out.
     tiles: Ref
-    # Running logsumexps of two heads: those of one are read after the next one's have been copied.
+    # Running logsumexps of two pieces: those of one are read after the next one's have been copied.
     lse: Ref
+    # The numbers of two pieces, and one on its way from a thread to the others of its warpgroup.
+    numbers: Ref
+    piece_ready: Ref
     query_ready: Ref
     key_ready: Ref
     value_ready: Ref
     output_ready: Ref
+    piece_free: Ref
     query_free: Ref
     key_free: Ref
     value_free: Ref
@@ -74,9 +77,22 @@ class Scratch(NamedTuple):
     def output(self) -> Ref:
         return self.tiles[1][0]
 
-    def running_lse(self, turn: jax.Array, warpgroup: jax.Array | int) -> Ref:
-        """The running logsumexps of a warpgroup's rows of a head."""
-        return self.lse.at[slot_of(turn, _LSE_SLOTS), warpgroup]
+    @property
+    def taken(self) -> Ref:
+        """Where the number of an entry goes from the thread that took it to the others."""
+        return self.numbers.at[_PIECE_SLOTS, 0]
+
+    def piece_slot(self, number: jax.Array) -> jax.Array:
+        """Which of the barriers and places of pieces belong to one."""
+        return slot_of(number, _PIECE_SLOTS)
+
+    def numbers_of_piece(self, number: jax.Array) -> Ref:
+        """Where the numbers of a piece are."""
+        return self.numbers.at[self.piece_slot(number)]
+
+    def running_lse(self, number: jax.Array, warpgroup: jax.Array | int) -> Ref:
+        """The running logsumexps of a warpgroup's rows of a piece."""
+        return self.lse.at[self.piece_slot(number), warpgroup]
 
     def rounded_output(self, warpgroup: jax.Array) -> Ref:
         """Where a warpgroup's output lies in the inputs' dtype, in half of the place of its running output."""
@@ -88,11 +104,10 @@ class Block:
     """Shapes and static choices of the kernel; `exponent_scale` turns products into powers of two."""
 
     config: ForwardConfig
+    queue: Queue
     num_keys: int
-    num_row_tiles: int
-    # Query heads for one key/value head, and query heads in one program.
+    # Query heads for one key/value head.
     group: int
-    heads: int
     head_dim: int
     dtype: jnp.dtype
     is_causal: bool
@@ -100,11 +115,10 @@ class Block:
     has_segments: bool
     has_state: bool
     is_last: bool
-    split: Split | None = None
 
     @property
     def can_skip_mask(self) -> bool:
-        """Whether a head's first tile is computed without the mask if it is full: elsewhere registers are short."""
+        """Whether a piece's first tile is computed without the mask if it is full: elsewhere registers are short."""
         has_registers = self.config.early_state and self.config.compute_warpgroups == 2 and not self.has_segments
         return has_registers and not self.is_all_full
 
@@ -134,21 +148,24 @@ class Block:
         outputs = one_place(output, rounded) if self.is_rounded_merged else (output,)
         return Scratch(
             tiles=(inputs, outputs) if config.early_state else plgpu.RefUnion(inputs, outputs),
-            lse=plgpu.SMEM((_LSE_SLOTS, warpgroups, WARPGROUP_ROWS), jnp.float32),
+            lse=plgpu.SMEM((_PIECE_SLOTS, warpgroups, WARPGROUP_ROWS), jnp.float32),
+            numbers=plgpu.SMEM((_PIECE_SLOTS + 1, PIECE_NUMBERS), jnp.int32),
+            piece_ready=plgpu.Barrier(num_barriers=_PIECE_SLOTS),
             query_ready=plgpu.Barrier(num_arrivals=2 if self.has_state else 1, num_barriers=warpgroups),
             key_ready=plgpu.Barrier(num_barriers=stages),
             value_ready=plgpu.Barrier(num_barriers=stages),
             output_ready=plgpu.Barrier(num_barriers=warpgroups),
+            piece_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=_PIECE_SLOTS),
             query_free=plgpu.Barrier(num_barriers=warpgroups),
             key_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
             value_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
             output_free=plgpu.Barrier(num_barriers=warpgroups),
         )._asdict()
 
-    def partial_types(self, batch: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """The arrays of a `Partial`, in the order of its fields; none if no tile is shared."""
-        if self.split is None:
+    def partial_types(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """The arrays of a `Partial`, in the order of its fields; none if no range of steps is an entry of the queue."""
+        if not self.queue.num_ranges:
             return ()
-        pieces = (self.split.tiles * batch, self.split.pieces - 1, self.config.compute_warpgroups)
-        shapes = (*pieces, WARPGROUP_ROWS, self.head_dim), (*pieces, len(Softmax._fields), WARPGROUP_ROWS)
+        ranges = (self.queue.num_ranges, self.config.compute_warpgroups)
+        shapes = (*ranges, WARPGROUP_ROWS, self.head_dim), (*ranges, len(Softmax._fields), WARPGROUP_ROWS)
         return tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)

@@ -150,6 +150,24 @@ def store_swapped(values: Float32[Array, "64 64"], buffer: Ref, *, keeps_address
     store(values, buffer)
 
 
+def take_number(counter: Ref, place: Ref) -> jax.Array:
+    """A number from 0 on that no other call in the grid gets; `place` is an int32 in shared memory."""
+
+    @_inline(arg_types=(plgpu.RefType(), plgpu.RefType()), return_type=None)
+    def take(_ctx: Any, counter: Any, place: Any) -> None:
+        i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+        thread = arith.remui(mgpu_utils.thread_idx(), arith.constant(i32, 128))
+        is_first = arith.cmpi(arith.CmpIPredicate.eq, thread, arith.constant(i32, 0))
+        where = llvm.ptrtoint(i64, mgpu_utils.memref_ptr(counter))
+        to = llvm.ptrtoint(i32, mgpu_utils.memref_ptr(place))
+        asm = "{ .reg .u32 n; @$0 atom.relaxed.gpu.global.add.u32 n, [$1], 1; @$0 st.shared.u32 [$2], n; }"
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), [is_first, where, to], asm, "b,l,r", has_side_effects=True)
+        mgpu_utils.warpgroup_barrier()
+
+    take(counter, place)
+    return place[...]
+
+
 def swap_columns(matrix: Float32[Array, "... columns"], where: Bool[Array, "..."]) -> Float32[Array, "... columns"]:
     """Each 16 columns exchanged with the 16 beside them where it is said. Columns are multiples of 32."""
     pairs = matrix.reshape(*matrix.shape[:-1], -1, 2, 16)

@@ -1,5 +1,7 @@
 """What the Mosaic GPU kernels share about masks: the order of visiting tiles, and the mask of a partial tile."""
 
+import functools
+import operator
 from typing import NamedTuple
 
 import jax
@@ -94,18 +96,21 @@ class MaskInputs(NamedTuple):
             of_keys = plgpu.load(of_keys, layout=k_layout, optimized=False)
             return spread_q(of_queries, shape), spread_k(of_keys, shape)
 
-        index = plgpu.broadcasted_iota(jnp.int32, shape, 0 if keys_in_rows else 1, layout=plgpu.Layout.WGMMA)
-        visible = index < num_keys - keys.start
+        conditions = []
+        has_others = is_causal or self.q_segment_ids is not None
+        if num_keys % keys.size or not has_others:
+            index = plgpu.broadcasted_iota(jnp.int32, shape, 0 if keys_in_rows else 1, layout=plgpu.Layout.WGMMA)
+            conditions.append(index < num_keys - keys.start)
         if is_causal:
             assert self.q_positions is not None
             assert self.k_positions is not None
             of_keys = keys if self.block is None else (self.block[0], keys)
             q_positions, k_positions = pair(self.q_positions.at[queries], self.k_positions.at[of_keys])
-            visible &= q_positions >= k_positions
+            conditions.append(q_positions >= k_positions)
         if self.q_segment_ids is not None and self.k_segment_ids is not None:
             q_ids, k_ids = pair(self.q_segment_ids.at[batch, queries], self.k_segment_ids.at[batch, keys])
-            visible &= (q_ids == k_ids) & (q_ids != 0)
-        return visible
+            conditions.append((q_ids == k_ids) & (q_ids != 0))
+        return functools.reduce(operator.and_, conditions)
 
 
 def pad_last(values: jax.Array, tile: int) -> jax.Array:

@@ -18,7 +18,7 @@ from .mosaic_gpu_primitives import Ref
 from .tiles import TileRanges
 
 # Programs that run at a time on an H100 SXM or an H200, one for each multiprocessor.
-_MULTIPROCESSORS = 132
+MULTIPROCESSORS = 132
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,19 +63,19 @@ def split_of(
 def _split_of_equals(num_heads: int, tiles: int, batch: int, num_steps: int, costs: SplitCosts) -> Split | None:
     """`split_of` where every program takes `num_steps` steps."""
     num_programs = num_heads * tiles * batch
-    left_over = num_programs % _MULTIPROCESSORS
+    left_over = num_programs % MULTIPROCESSORS
     last_tiles = -(-left_over // batch)
     if not left_over or last_tiles > tiles:
         return None
 
     def steps_of(pieces: int) -> float:
         """Steps that one multiprocessor after another does of the last programs, each of so many pieces."""
-        rounds = -(-last_tiles * batch * pieces // _MULTIPROCESSORS)
+        rounds = -(-last_tiles * batch * pieces // MULTIPROCESSORS)
         sharing = costs.sharing + pieces * costs.piece if pieces > 1 else 0.0
         return rounds * (num_steps / pieces + costs.program) + sharing
 
-    pieces = min(range(1, 1 + max(1, min(_MULTIPROCESSORS, num_steps))), key=steps_of)
-    all_steps = -(-num_programs // _MULTIPROCESSORS) * (num_steps + costs.program)
+    pieces = min(range(1, 1 + max(1, min(MULTIPROCESSORS, num_steps))), key=steps_of)
+    all_steps = -(-num_programs // MULTIPROCESSORS) * (num_steps + costs.program)
     return Split(last_tiles, pieces) if steps_of(1) - steps_of(pieces) > all_steps / 100 else None
 
 

@@ -7,8 +7,9 @@ import pytest
 
 from ring_jax.kernels import mosaic_gpu, mosaic_gpu_deterministic
 from ring_jax.kernels.contract import AttentionState, BlockMask
-from ring_jax.kernels.mosaic_gpu_choices import default_forward_config, forward_split
+from ring_jax.kernels.mosaic_gpu_queue import Queue
 from ring_jax.kernels.reference import reference_attention, visible_pairs
+from ring_jax.kernels.tiles import key_ranges
 from tests.block_cases import Case, arrays, blocks, failures
 
 pytestmark = pytest.mark.gpu
@@ -69,8 +70,12 @@ def test_two_runs_of_shared_query_tiles_give_identical_bits():
     data = arrays(case)
     q_positions, k_positions = (jnp.arange(n, dtype=jnp.int32) for n in (case.queries, case.keys))
     mask = BlockMask(q_positions, k_positions, None, None, is_causal=False)
-    config = default_forward_config(mask, 128, num_keys=case.keys, has_state=False, in_place=False)
-    assert forward_split(mask, config, 1, case.queries // 128, 1, case.keys // 128) is not None
+    queue = Queue.of(
+        1, case.queries // 128, 1, heads_together=1, visits_empty=True, range_steps=256, waves=1, one_each=False
+    )
+    work = queue.work(key_ranges(mask, 128, 128))
+    assert work is not None
+    assert work.left_over > 0
     run = jax.jit(lambda q, k, v: mosaic_gpu.forward(q, k, v, None, mask, scale=case.scale, is_last=True))
     one, other = (run(data["query"], data["key"], data["value"]) for _ in range(2))
     np.testing.assert_array_equal(one.output, other.output)

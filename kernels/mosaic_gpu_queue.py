@@ -1,0 +1,286 @@
+"""What the programs of the forward kernel on Hopper take, and in what order.
+
+As many programs begin as the GPU has multiprocessors, and each takes one entry of a queue after the other until there
+are none; or several waves of them, of which all but the last end after their share. An entry is a query tile of one
+head, with all key tiles that it sees. Where all of them take equally long, what is left over when every multiprocessor
+has had equally many would keep only some of them busy: those tiles' steps are laid end to end and cut into equal
+ranges, one for each multiprocessor, and the last entries are these ranges.
+
+A range gives up to two pieces of work. The first of them is the beginning of a tile's steps, left for the program that
+has their end; the second the end of the tile before, which is merged with what others have left. So programs wait only
+for entries before their own, which have been taken before: of all that are not done the first waits for nothing.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int32
+
+from . import mosaic_gpu_split
+from .mosaic_gpu_inline import take_number
+from .mosaic_gpu_masks import Walk
+from .mosaic_gpu_primitives import Ref, is_interpreted
+from .tiles import TileRanges
+
+# Steps that leaving and merging sums take as long as: ranges must save more.
+_SHARING_STEPS = 4
+
+
+class Work(NamedTuple):
+    """What there is to do in a block, where all query tiles that see anything take equally long.
+
+    `tiles` from `first_tile` on see anything, each `steps` key tiles. The first `whole` entries of the queue are tiles,
+    the others ranges of `range_steps` steps of the `left_over` tiles. One number each, or of a mask with a stack of
+    blocks one for each of them.
+    """
+
+    first_tile: Int32[Array, " blocks"]
+    tiles: Int32[Array, " blocks"]
+    steps: Int32[Array, " blocks"]
+    whole: Int32[Array, " blocks"]
+    left_over: Int32[Array, " blocks"]
+    range_steps: Int32[Array, " blocks"]
+
+
+class Piece(NamedTuple):
+    """A query tile of one head and the steps of it that one program takes; without any, none is left.
+
+    What is found is left in the place of range `left_by` for another program, unless that is -1. Before it becomes the
+    output, what the ranges from `merge_first` to before `merge_end` have left is added.
+    """
+
+    batch: jax.Array
+    head: jax.Array
+    tile: jax.Array
+    walk: Walk
+    left_by: jax.Array
+    merge_first: jax.Array
+    merge_end: jax.Array
+
+    @classmethod
+    def read(cls, numbers: Ref) -> "Piece":
+        """A piece from shared memory."""
+        batch, head, tile, *walk, left_by, merge_first, merge_end = (numbers[i] for i in range(PIECE_NUMBERS))
+        return cls(batch, head, tile, Walk(*walk), left_by, merge_first, merge_end)
+
+    def write(self, numbers: Ref) -> None:
+        """Writes a piece to shared memory."""
+        for i, number in enumerate(jax.tree.leaves(self)):
+            numbers[i] = number
+
+
+PIECE_NUMBERS = len(Piece._fields) - 1 + len(Walk._fields)
+
+
+class Position(NamedTuple):
+    """The entry of the queue that a program took last, and of a range with more to come the steps taken so far."""
+
+    entry: jax.Array
+    done: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Queue:
+    """The queue of a block of `tiles` query tiles of `num_heads` heads of `batch` sequences.
+
+    The tiles of `heads_together` heads stand side by side, those of their last tile first. With `visits_empty` tiles
+    that see no key are given one all the same. `programs` run at a time and take from the queue, in `waves` one after
+    the other; with `is_fixed` equally many entries each, in the interpreter too, which has no counter that they share.
+    """
+
+    num_heads: int
+    tiles: int
+    batch: int
+    programs: int
+    waves: int
+    num_ranges: int
+    heads_together: int
+    visits_empty: bool
+    is_fixed: bool
+
+    @classmethod
+    def of(
+        cls,
+        num_heads: int,
+        tiles: int,
+        batch: int,
+        *,
+        heads_together: int,
+        visits_empty: bool,
+        range_steps: int | None,
+        waves: int,
+        one_each: bool,
+    ) -> "Queue":
+        """The queue for `waves` times as many programs as run at a time, or `one_each` for one for every entry.
+
+        Its last entries can be ranges of the steps of equal tiles, which have up to `range_steps`, unless that is None.
+        """
+        entries = num_heads * tiles * batch
+        if one_each:
+            return cls(num_heads, tiles, batch, entries, 1, 0, heads_together, visits_empty, is_fixed=True)
+        programs = min(mosaic_gpu_split.MULTIPROCESSORS, entries * (range_steps or 1))
+        num_ranges = 0 if range_steps is None else programs
+        is_fixed = is_interpreted()
+        return cls(num_heads, tiles, batch, programs, waves, num_ranges, heads_together, visits_empty, is_fixed)
+
+    def work(self, ranges: TileRanges) -> Work | None:
+        """The numbers that programs need, from the key ranges of a mask; None if the shapes say it all."""
+        if not self.num_ranges:
+            return None
+        steps = ranges.end - ranges.start
+        tile = jnp.arange(self.tiles, dtype=jnp.int32)[None]
+        first = jnp.min(jnp.where(steps > 0, tile, self.tiles), axis=-1)
+        end = jnp.max(jnp.where(steps > 0, tile + 1, 0), axis=-1)
+        tiles, longest = jnp.maximum(end - first, 0), jnp.max(steps, axis=-1)
+        inside = (tile >= first[:, None]) & (tile < end[:, None])
+        are_equal = jnp.all(~inside | (steps == longest[:, None]), axis=-1)
+        entries = tiles * self.num_heads * self.batch
+        left_over = lax.rem(entries, jnp.int32(self.programs))
+        range_steps = -(-left_over * longest // self.programs)
+        is_worth_it = are_equal & (longest - range_steps > _SHARING_STEPS)
+        whole = jnp.where(is_worth_it, entries - left_over, entries)
+        return Work(first, jnp.maximum(tiles, 1), longest, whole, entries - whole, jnp.maximum(range_steps, 1))
+
+    @property
+    def num_programs(self) -> int:
+        """The programs of the grid."""
+        return self.programs * self.waves
+
+    def begin(self, inputs: Any) -> tuple[Position, jax.Array]:
+        """A program's position before its first entry, and the end of the entries that are for it."""
+        program = lax.axis_index("programs")
+        entries = jnp.int32(self.num_heads * self.tiles * self.batch)
+        if self.num_ranges:
+            work = self._work(inputs)
+            hidden = entries - work.whole - work.left_over if self.visits_empty else 0
+            entries = self._entries_with_steps(work) + hidden
+        if self.is_fixed:
+            first, end = (entry * entries // self.num_programs for entry in (program, program + 1))
+            return Position(first - 1, jnp.int32(0)), end
+        return Position(jnp.int32(-1), jnp.int32(0)), entries
+
+    def write_next(
+        self,
+        inputs: Any,
+        position: Position,
+        end: jax.Array,
+        number: jax.Array,
+        counter: Ref | None,
+        taken: Ref,
+        numbers: Ref,
+    ) -> tuple[Position, jax.Array]:
+        """Writes a program's next piece that has steps to `numbers` in shared memory, and returns where it is.
+
+        If there is none for a program that has had `number` pieces, one without steps is written. Returns the steps,
+        too. `counter` is shared by all programs, `taken` an int32 in shared memory.
+        """
+
+        def look(carry: tuple[Position, jax.Array]) -> tuple[Position, jax.Array]:
+            position, _ = carry
+            entry = lax.cond(
+                position.done == 0, lambda: self._next_entry(position.entry, counter, taken), lambda: position.entry
+            )
+            index = jnp.clip(entry, 0, jnp.maximum(end - 1, 0))
+            piece, done = self._piece(inputs, Position(index, position.done))
+            steps = jnp.where(entry < end, piece.walk.steps, 0)
+            piece._replace(walk=piece.walk._replace(steps=steps)).write(numbers)
+            return Position(entry, done), steps
+
+        def find() -> tuple[Position, jax.Array]:
+            looked = look((position, jnp.int32(0)))
+            return lax.while_loop(lambda carry: (carry[1] == 0) & (carry[0].entry < end), look, looked)
+
+        def stop() -> tuple[Position, jax.Array]:
+            zero = jnp.int32(0)
+            Piece(zero, zero, zero, Walk(*[zero] * len(Walk._fields)), zero, zero, zero).write(numbers)
+            return position, zero
+
+        if self.waves == 1 or self.is_fixed:
+            return find()
+        is_of_last_wave = lax.axis_index("programs") >= self.programs * (self.waves - 1)
+        return lax.cond(is_of_last_wave | (number < end // self.num_programs) | (position.done > 0), find, stop)
+
+    def _work(self, inputs: Any) -> Work:
+        block = 0 if inputs.work.steps.shape[0] == 1 else inputs.mask.block[0]
+        return Work(*(field[block] for field in inputs.work))
+
+    def _next_entry(self, entry: jax.Array, counter: Ref | None, taken: Ref) -> jax.Array:
+        if self.is_fixed:
+            return entry + 1
+        return take_number(counter, taken)
+
+    def _entries_with_steps(self, work: Work) -> jax.Array:
+        """How many entries are tiles that see anything, or ranges; tiles that see nothing follow them."""
+        return work.whole + (work.left_over * work.steps + work.range_steps - 1) // work.range_steps
+
+    def _piece(self, inputs: Any, position: Position) -> tuple[Piece, jax.Array]:
+        """The piece at a position, and the steps of its range taken with it and before, 0 if these are all."""
+        if not self.num_ranges:
+            return self._tile_of_all(inputs, position.entry)
+        work = self._work(inputs)
+        if not self.visits_empty:
+            return self._tile_or_part(inputs, work, position)
+        hidden = position.entry - self._entries_with_steps(work)
+        return lax.cond(
+            hidden < 0,
+            lambda: self._tile_or_part(inputs, work, position),
+            lambda: self._hidden_tile(inputs, work, jnp.maximum(hidden, 0)),
+        )
+
+    def _tile_or_part(self, inputs: Any, work: Work, position: Position) -> tuple[Piece, jax.Array]:
+        index = position.entry - work.whole
+        is_whole = index < 0
+        low = index * work.range_steps
+        limit = jnp.minimum(low + work.range_steps, work.left_over * work.steps)
+        shared = (limit - position.done - 1) // work.steps
+        # Steps of the shared tile: the range's first, the piece's first, and the end of both.
+        low, high = low - shared * work.steps, limit - position.done - shared * work.steps
+        first = jnp.maximum(low, 0)
+        row = jnp.where(is_whole, position.entry, work.whole + shared)
+        batch, head = self._batch_and_head(row // work.tiles)
+        tile = work.first_tile + lax.rem(row, work.tiles)
+        walk = self._walk(inputs, batch, tile)
+        walk = walk.part(jnp.where(is_whole, 0, first), jnp.where(is_whole, walk.steps, high - first))
+        is_left = ~is_whole & (high < work.steps)
+        is_merged = ~is_whole & ~is_left & (first > 0)
+        piece = Piece(
+            *(batch, head, tile, walk),
+            left_by=jnp.where(is_left, index, -1),
+            merge_first=jnp.where(is_merged, shared * work.steps // work.range_steps, 0),
+            merge_end=jnp.where(is_merged, index, 0),
+        )
+        return piece, jnp.where(is_whole | (first == low), 0, position.done + high - first)
+
+    def _hidden_tile(self, inputs: Any, work: Work, number: jax.Array) -> tuple[Piece, jax.Array]:
+        """One of the tiles before and behind those that see anything."""
+        a_head = self.tiles - (work.whole + work.left_over) // (self.num_heads * self.batch)
+        place = lax.rem(number, a_head)
+        tile = jnp.where(place < work.first_tile, place, place + work.tiles)
+        return self._whole_tile(inputs, *self._batch_and_head(number // a_head), tile)
+
+    def _tile_of_all(self, inputs: Any, entry: jax.Array) -> tuple[Piece, jax.Array]:
+        """The piece of an entry where all of them are tiles. The last rows have most keys, if any have more."""
+        of_group = self.heads_together * self.tiles
+        group, place = entry // of_group, lax.rem(entry, jnp.int32(of_group))
+        heads = jnp.minimum(self.num_heads * self.batch - group * self.heads_together, self.heads_together)
+        batch, head = self._batch_and_head(group * self.heads_together + lax.rem(place, heads))
+        return self._whole_tile(inputs, batch, head, self.tiles - 1 - place // heads)
+
+    def _whole_tile(self, inputs: Any, batch: jax.Array, head: jax.Array, tile: jax.Array) -> tuple[Piece, jax.Array]:
+        zero = jnp.int32(0)
+        return Piece(batch, head, tile, self._walk(inputs, batch, tile), zero - 1, zero, zero), zero
+
+    def _walk(self, inputs: Any, batch: jax.Array, tile: jax.Array) -> Walk:
+        walk = Walk.read(inputs.ranges, inputs.mask, batch, tile)
+        if self.visits_empty:
+            # Any tile of keys will do, for the mask hides all of it.
+            is_empty = (walk.steps == 0).astype(jnp.int32)
+            walk = walk._replace(steps=walk.steps + is_empty, partial=walk.partial + is_empty)
+        return walk
+
+    def _batch_and_head(self, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The sequence and the head of a number that counts the heads of all sequences."""
+        return number // self.num_heads, lax.rem(number, jnp.int32(self.num_heads))

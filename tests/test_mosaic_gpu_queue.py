@@ -1,0 +1,160 @@
+"""The queue of the Hopper forward kernel: every step of every query tile is taken once, and what is left is merged."""
+
+import dataclasses
+import functools
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ring_jax.kernels import mosaic_gpu_queue, mosaic_gpu_split
+from ring_jax.kernels.mosaic_gpu_masks import Walk
+from ring_jax.kernels.mosaic_gpu_queue import Piece, Position, Queue
+from ring_jax.kernels.tiles import TileRanges
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Query tiles, and how many key tiles each of them sees."""
+
+    num_heads: int
+    batch: int
+    steps: tuple[int, ...]
+    heads_together: int = 1
+    has_ranges: bool = True
+    partial: int = 0
+    visits_empty: bool = False
+    programs: int = 132
+
+    def steps_of(self, tile: int) -> int:
+        return max(self.steps[tile], int(self.visits_empty))
+
+    def ranges(self) -> TileRanges:
+        """Ranges that begin at tile 3 and have `partial` partial tiles at their end."""
+        steps = jnp.asarray(self.steps, jnp.int32)[None]
+        start = jnp.full_like(steps, 3)
+        end = start + steps
+        return TileRanges(start, start, jnp.maximum(end - self.partial, start), end)
+
+
+SHAPES = [
+    Shape(num_heads=32, batch=1, steps=(32,) * 64),
+    Shape(num_heads=32, batch=1, steps=(0,) * 32 + (64,) * 32, partial=2),
+    Shape(num_heads=32, batch=1, steps=(0,) * 32 + (64,) * 32, visits_empty=True),
+    Shape(num_heads=3, batch=2, steps=(0, 40, 40, 40, 0, 0), visits_empty=True),
+    Shape(num_heads=2, batch=1, steps=(0, 0, 0), visits_empty=True),
+    Shape(num_heads=3, batch=1, steps=(0, 30, 0, 30, 0), visits_empty=True),
+    Shape(num_heads=3, batch=2, steps=(64,) * 7),
+    Shape(num_heads=1, batch=1, steps=(512,) * 9),
+    Shape(num_heads=1, batch=1, steps=(0,) * 5),
+    Shape(num_heads=4, batch=1, steps=(9,) * 33, programs=7),
+    Shape(num_heads=8, batch=1, steps=(20,) * 10 + (21,) * 10),
+    Shape(num_heads=6, batch=2, steps=tuple(range(20)), heads_together=3, has_ranges=False),
+    Shape(num_heads=5, batch=1, steps=tuple(range(1, 20)), heads_together=5, has_ranges=False, partial=1),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_step_is_taken_once_and_all_that_is_left_is_merged(shape, monkeypatch):
+    monkeypatch.setattr(mosaic_gpu_split, "MULTIPROCESSORS", shape.programs)
+    queue, inputs = _queue(shape)
+    sequences_and_heads = itertools.product(range(shape.batch), range(shape.num_heads))
+    taken = {(*which, tile): [] for which in sequences_and_heads for tile in range(len(shape.steps))}
+    left, merged = {}, {}
+    for entry, piece in _pieces(queue, inputs):
+        tile, walk = (piece.batch, piece.head, piece.tile), piece.walk
+        steps = np.arange(walk.steps)
+        partial = np.where(steps < walk.before, walk.start + steps, walk.full_end + steps - walk.before)
+        key_tiles = np.where(steps < walk.partial, partial, walk.full_start + steps - walk.partial)
+        first_partial = 3 + shape.steps[piece.tile] - shape.partial
+        np.testing.assert_array_equal(key_tiles >= first_partial, steps < walk.partial)
+        taken[tile] += key_tiles.tolist()
+        if piece.left_by >= 0:
+            assert piece.left_by not in left, "two pieces are left in one place"
+            assert piece.merge_end == piece.merge_first
+            left[piece.left_by] = tile, entry
+        for place in range(piece.merge_first, piece.merge_end):
+            assert place not in merged
+            merged[place] = tile, entry
+    assert {tile: sorted(steps) for tile, steps in taken.items()} == {
+        tile: list(range(3, 3 + shape.steps_of(tile[2]))) for tile in taken
+    }
+    assert {place: tile for place, (tile, _) in left.items()} == {place: tile for place, (tile, _) in merged.items()}
+    # A program waits for what was taken before its own entry only.
+    assert all(left[place][1] < merged[place][1] for place in left)
+    assert max(left, default=-1) < max(queue.num_ranges, 1)
+
+
+@pytest.mark.parametrize(
+    "shape", [shape for shape in SHAPES if shape.has_ranges and len(set(shape.steps)) == 1], ids=str
+)
+def test_programs_end_together(shape, monkeypatch):
+    """Equal programs, each with its share of the ranges, differ by one range's steps: the last range is a short one."""
+    monkeypatch.setattr(mosaic_gpu_split, "MULTIPROCESSORS", shape.programs)
+    queue, inputs = _queue(shape)
+    steps = np.zeros(shape.programs)
+    for _, of_entry in _by_entry(queue, inputs):
+        steps[np.argmin(steps)] += sum(piece.walk.steps for piece in of_entry)
+    assert steps.max() <= np.ceil(steps.mean()) + mosaic_gpu_queue._SHARING_STEPS
+
+
+def test_unequal_tiles_are_not_shared():
+    (shape,) = (shape for shape in SHAPES if 21 in shape.steps and 20 in shape.steps and shape.has_ranges)
+    queue, inputs = _queue(shape)
+    assert all(piece.left_by < 0 for _, piece in _pieces(queue, inputs))
+
+
+@pytest.mark.parametrize("is_fixed", [False, True])
+def test_programs_begin_at_the_first_entry_of_theirs(is_fixed):
+    """With a counter each takes from one queue to its end; without, the entries are divided among them in order."""
+    queue, inputs = _queue(Shape(num_heads=4, batch=1, steps=(9,) * 33, programs=7, has_ranges=False))
+    queue = dataclasses.replace(queue, is_fixed=is_fixed, programs=7)
+    position, end = jax.vmap(lambda _: queue.begin(inputs), axis_name="programs", out_axes=0)(jnp.arange(7))
+    first = position.entry + 1
+    if not is_fixed:
+        np.testing.assert_array_equal(first, 0)
+        np.testing.assert_array_equal(end, 132)
+        return
+    np.testing.assert_array_equal(first[1:], end[:-1])
+    assert first[0] == 0
+    assert end[-1] == 132
+
+
+def _queue(shape: Shape) -> tuple[Queue, SimpleNamespace]:
+    queue = Queue.of(
+        *(shape.num_heads, len(shape.steps), shape.batch),
+        heads_together=shape.heads_together,
+        visits_empty=shape.visits_empty,
+        range_steps=max(shape.steps) if shape.has_ranges else None,
+        waves=1,
+        one_each=False,
+    )
+    ranges = shape.ranges()
+    return queue, SimpleNamespace(ranges=ranges, mask=SimpleNamespace(block=None), work=queue.work(ranges))
+
+
+def _pieces(queue: Queue, inputs: SimpleNamespace) -> list[tuple[int, Any]]:
+    return [(entry, piece) for entry, of_entry in _by_entry(queue, inputs) for piece in of_entry]
+
+
+def _by_entry(queue: Queue, inputs: SimpleNamespace) -> list[tuple[int, list[Any]]]:
+    """The pieces of every entry of the queue, as numbers."""
+    _, end = jax.vmap(lambda _: dataclasses.replace(queue, is_fixed=False).begin(inputs), axis_name="programs")(
+        jnp.arange(1)
+    )
+    entries = jnp.arange(end[0], dtype=jnp.int32)
+    look = jax.jit(jax.vmap(functools.partial(queue._piece, inputs)))
+    done, found = jnp.zeros_like(entries), [[] for _ in entries]
+    going = np.ones(len(entries), bool)
+    while going.any():
+        piece, done = look(Position(entries, done))
+        batch, head, tile, walk, *rest = jax.tree.map(lambda x: np.broadcast_to(x, entries.shape).tolist(), piece)
+        for entry in np.flatnonzero(going):
+            numbers = Walk(*(field[entry] for field in walk))
+            found[entry].append(Piece(batch[entry], head[entry], tile[entry], numbers, *(x[entry] for x in rest)))
+        going &= np.asarray(done) > 0
+    return list(enumerate(found))
