@@ -1,11 +1,10 @@
-"""What the Hopper kernels are run with: tile sizes, heads in a program, and the order of the grid.
+"""What the Hopper kernels are run with: tile sizes, what programs share, and the order of their work.
 
 All of it was chosen by measuring on an H200; the runs are in `benchmarks/LOG.md`.
 """
 
 import dataclasses
 
-import jax
 from jaxtyping import Array, Float
 
 from .contract import BlockMask
@@ -25,7 +24,7 @@ _L2_BYTES = 20 << 20
 class ForwardConfig:
     """Tile sizes of the forward kernel.
 
-    `q_tile` queries per program, 64 for each compute warpgroup; `k_tile` keys per step; `stages` key and value tiles in
+    `q_tile` queries at a time, 64 for each compute warpgroup; `k_tile` keys per step; `stages` key and value tiles in
     shared memory. `early_state` gives the running output shared memory of its own, so that it is copied while keys are
     still computed with; without, a program takes one query tile only.
     """
@@ -83,12 +82,9 @@ def forward_has_ranges(mask: BlockMask, config: ForwardConfig) -> bool:
 def forward_waves(*, is_last: bool) -> int:
     """How many programs a multiprocessor runs one after the other, where one could take all that it has time for.
 
-    A ring's hops go on while its blocks but the last are attended to. Between processes NCCL's kernels make them, which
-    begin only where a program has ended.
+    While more blocks are to come, kernels that fetch them may wait for multiprocessors, and begin where a program ends.
     """
-    if is_last:
-        return 1
-    return 4 if jax.process_count() > 1 else 2
+    return 1 if is_last else 2
 
 
 def forward_heads_together(mask: BlockMask, query: Float[Array, "B T N H"], key: Float[Array, "B S K H"]) -> int:

@@ -65,7 +65,12 @@ class _Worker:
 
         zero = jnp.int32(0)
         begin = zero, zero, self.steps_of_piece(zero)
-        pieces, _, _ = lax.while_loop(lambda carry: carry[2] > carry[1], attend, begin)
+        if program.block.queue.one_each:
+            # Out of a loop, numbers that are known take no registers.
+            pieces = (begin[2] > 0).astype(jnp.int32)
+            pl.when(pieces > 0)(lambda: attend(begin) and None)
+        else:
+            pieces, _, _ = lax.while_loop(lambda carry: carry[2] > carry[1], attend, begin)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         if program.block.has_state:
             pl.when(pieces > 0)(lambda: plgpu.barrier_arrive(scratch.output_free.at[self.warpgroup]))
@@ -88,6 +93,11 @@ class _Attention:
     end: jax.Array
 
     @property
+    def own(self) -> jax.Array:
+        """The warpgroup. Without shared memory of its own for the output, the sums leave no register for addresses."""
+        return self.warpgroup if self.program.block.config.early_state else self.warpgroup + hidden_zero()
+
+    @property
     def piece(self) -> Piece:
         return self.program.piece(self.number)
 
@@ -102,7 +112,7 @@ class _Attention:
         carry = lax.fori_loop(full_from, end, lambda i, c: self.step(i, c, is_partial=False), carry)
         acc, softmax, weights = carry
         last_slot = program.slot(end - 1)
-        plgpu.barrier_arrive(scratch.query_free.at[self.warpgroup])
+        plgpu.barrier_arrive(scratch.query_free.at[self.own])
 
         def weigh():
             result = self.weights_of_sums(softmax)
@@ -127,7 +137,7 @@ class _Attention:
 
     def leave(self, acc: jax.Array, softmax: Softmax) -> None:
         """Leaves the sums for the program that has the end of the tile."""
-        partial, left_by, warpgroup = self.program.partial, self.piece.left_by, self.warpgroup
+        partial, left_by, warpgroup = self.program.partial, self.piece.left_by, self.own
         assert partial is not None
         partial.sums[left_by, warpgroup] = acc
         partial.statistics[left_by, warpgroup, 0] = softmax.maximum
@@ -141,8 +151,8 @@ class _Attention:
 
         def add(left_by: jax.Array, carry: tuple[jax.Array, Softmax]) -> tuple[jax.Array, Softmax]:
             acc, softmax = carry
-            where = left_by, self.warpgroup
-            wait_for_signals(self.program.counts, left_by + 1, self.warpgroup, count=jnp.int32(1))
+            where = left_by, self.own
+            wait_for_signals(self.program.counts, left_by + 1, self.own, count=jnp.int32(1))
             others = (plgpu.load(partial.statistics.at[(*where, i)], layout=ROWS, optimized=False) for i in range(2))
             softmax, own, other = softmax.merged(Softmax(*others))
             sums = plgpu.load(partial.sums.at[where], layout=plgpu.Layout.WGMMA, optimized=False)
@@ -155,17 +165,18 @@ class _Attention:
         if self.program.old is None:
             own, lse = normalizer(softmax)
             return own, None, lse
-        old_lse = self.program.scratch.running_lse(self.number, self.warpgroup)
+        # An address that is computed where it is needed takes no register before.
+        old_lse = self.program.scratch.running_lse(self.number, self.own + hidden_zero())
         return merge_weights(softmax, plgpu.load(old_lse, layout=ROWS))
 
     def wait_for_output(self) -> None:
         """Waits for the running output; without one, for its place to be free."""
-        plgpu.barrier_wait(self.program.scratch.output_ready.at[self.warpgroup])
+        plgpu.barrier_wait(self.program.scratch.output_ready.at[self.own])
 
     def write(self, acc: jax.Array, own: jax.Array, old: jax.Array | None, new_lse: jax.Array) -> None:
         """Weighs the sums and what was attended before, and sends the new output and its lse off."""
         program, block, scratch = self.program, self.program.block, self.program.scratch
-        buffer = scratch.output.at[self.warpgroup]
+        buffer = scratch.output.at[self.own]
         if not block.config.early_state:
             self.wait_for_output()
         output = acc * across_columns(own, acc.shape)
@@ -175,11 +186,11 @@ class _Attention:
         else:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         if block.is_rounded_merged:
-            buffer = scratch.rounded_output(self.warpgroup)
+            buffer = scratch.rounded_output(self.own)
         buffer[...] = output.astype(buffer.dtype)
         plgpu.commit_smem()
         piece = self.piece
-        rows, num_rows = program.rows(piece.tile, self.warpgroup), program.new.lse.shape[-1]
+        rows, num_rows = program.rows(piece.tile, self.own), program.new.lse.shape[-1]
         plgpu.copy_smem_to_gmem(buffer, program.new.output.at[piece.batch, rows, piece.head])
         # In the last tile a warpgroup may have none.
         has_rows = rows.start < num_rows if num_rows % block.config.q_tile else True
@@ -193,10 +204,10 @@ class _Attention:
         block, scratch, slot = self.program.block, self.program.scratch, self.program.slot(self.first)
 
         def attend(*, is_partial: bool) -> tuple[Softmax, jax.Array]:
-            plgpu.barrier_wait(scratch.query_ready.at[self.warpgroup])
+            plgpu.barrier_wait(scratch.query_ready.at[self.own])
             mask = self.visible(self.first_key(self.first)) if is_partial else None
             plgpu.barrier_wait(scratch.key_ready.at[slot])
-            products = scores(scratch.query.at[self.warpgroup], scratch.key.at[slot])
+            products = scores(scratch.query.at[self.own], scratch.key.at[slot])
             plgpu.barrier_arrive(scratch.key_free.at[slot])
             softmax, _decay, weights = Softmax.of_nothing(WARPGROUP_ROWS).update(products, mask, block.exponent_scale)
             return softmax, weights.astype(block.dtype)
@@ -213,7 +224,7 @@ class _Attention:
             @pl.when(self.number > 0)
             def _():
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.barrier_arrive(scratch.output_free.at[self.warpgroup])
+                plgpu.barrier_arrive(scratch.output_free.at[self.own])
 
         return full((WARPGROUP_ROWS, block.head_dim), 0), softmax, weights
 
@@ -237,7 +248,7 @@ class _Attention:
             # What the next step multiplies its weights with.
             plgpu.barrier_wait(scratch.value_ready.at[slot])
 
-        query, key, value = scratch.query.at[self.warpgroup], scratch.key.at[slot], scratch.value.at[last_slot]
+        query, key, value = scratch.query.at[self.own], scratch.key.at[slot], scratch.value.at[last_slot]
         (softmax, decay, weights), acc = scores_while_accumulating(query, key, acc, weights, value, use=use, used=used)
         plgpu.barrier_arrive(scratch.value_free.at[last_slot])
         # Rounded only now: the registers of the old weights were being read until the product was waited for.
@@ -250,7 +261,7 @@ class _Attention:
     def visible(self, first_key: jax.Array) -> jax.Array:
         """The mask of this warpgroup's queries and a key tile."""
         program, block, piece = self.program, self.program.block, self.piece
-        rows, keys = program.rows(piece.tile, self.warpgroup), pl.ds(first_key, block.config.k_tile)
+        rows, keys = program.rows(piece.tile, self.own), pl.ds(first_key, block.config.k_tile)
         return program.inputs.mask.visible(piece.batch, rows, keys, is_causal=block.is_causal, num_keys=block.num_keys)
 
 

@@ -82,7 +82,7 @@ class Program:
         found = self.block.queue.write_next(
             self.inputs, position, end, number, counter, scratch.taken, scratch.numbers_of_piece(number)
         )
-        plgpu.commit_smem()  # For its barrier: one thread says for all that they have written.
+        plgpu.commit_smem()  # For its barrier: all have written before any thread says so.
         plgpu.barrier_arrive(scratch.piece_ready.at[slot])
         return found
 

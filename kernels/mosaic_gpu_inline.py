@@ -1,6 +1,7 @@
-"""Operations on registers that Pallas has no words for, written in Mosaic GPU's own dialect.
+"""Operations that Pallas has no words for, written in Mosaic GPU's own dialect.
 
-The Mosaic interpreter knows none of it: every function has a mathematically equal branch for it.
+The Mosaic interpreter knows none of it: every function has a mathematically equal branch for it. Only `take_number` has
+none; programs that are interpreted share no counter (`mosaic_gpu_queue.Queue.is_fixed`).
 """
 
 from collections.abc import Callable
@@ -156,6 +157,7 @@ def take_number(counter: Ref, place: Ref) -> jax.Array:
     @_inline(arg_types=(plgpu.RefType(), plgpu.RefType()), return_type=None)
     def take(_ctx: Any, counter: Any, place: Any) -> None:
         i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+        mgpu_utils.warpgroup_barrier()  # All threads have read the number before.
         thread = arith.remui(mgpu_utils.thread_idx(), arith.constant(i32, 128))
         is_first = arith.cmpi(arith.CmpIPredicate.eq, thread, arith.constant(i32, 0))
         where = llvm.ptrtoint(i64, mgpu_utils.memref_ptr(counter))

@@ -13,6 +13,8 @@ from jaxtyping import Array, Bool, Int32
 from .contract import BlockMask
 from .mosaic_gpu_primitives import COLUMNS, ROWS, Ref, across_columns, across_rows
 
+_AFTER_ALL = jnp.iinfo(jnp.int32).max
+
 
 class Walk(NamedTuple):
     """The column tiles of one row tile in the order they are visited: the partial ones, then the full ones."""
@@ -53,8 +55,9 @@ class Walk(NamedTuple):
 class MaskInputs(NamedTuple):
     """What masks are computed from: arrays (outside) or references (inside), padded to whole tiles.
 
-    Positions are there if the mask is causal. With `block`, which is read where it is needed lest it take a register
-    through the kernels' loops, the key positions are those of several blocks.
+    Positions are there if the mask is causal. Keys that are padding come after all queries, and belong to no segment.
+    With `block`, which is read where it is needed lest it take a register through the kernels' loops, the key positions
+    are those of several blocks.
     """
 
     q_positions: Int32[Array, " T"] | None
@@ -68,7 +71,7 @@ class MaskInputs(NamedTuple):
         is_causal = mask.is_causal
         return cls(
             pad_last(mask.q_positions, q_tile) if is_causal else None,
-            pad_last(mask.k_positions, k_tile) if is_causal else None,
+            pad_last(mask.k_positions, k_tile, _AFTER_ALL) if is_causal else None,
             None if mask.q_segment_ids is None else pad_last(mask.q_segment_ids, q_tile),
             None if mask.k_segment_ids is None else pad_last(mask.k_segment_ids, k_tile),
             mask.block[None] if is_causal and mask.block is not None else None,
@@ -97,8 +100,7 @@ class MaskInputs(NamedTuple):
             return spread_q(of_queries, shape), spread_k(of_keys, shape)
 
         conditions = []
-        has_others = is_causal or self.q_segment_ids is not None
-        if num_keys % keys.size or not has_others:
+        if not is_causal and self.q_segment_ids is None:
             index = plgpu.broadcasted_iota(jnp.int32, shape, 0 if keys_in_rows else 1, layout=plgpu.Layout.WGMMA)
             conditions.append(index < num_keys - keys.start)
         if is_causal:
@@ -113,9 +115,9 @@ class MaskInputs(NamedTuple):
         return functools.reduce(operator.and_, conditions)
 
 
-def pad_last(values: jax.Array, tile: int) -> jax.Array:
+def pad_last(values: jax.Array, tile: int, value: int = 0) -> jax.Array:
     """Pads the last dim to whole tiles, so that a tile's plain loads and stores stay inside the array."""
     padding = -values.shape[-1] % tile
     if not padding:
         return values
-    return jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, padding)])
+    return jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, padding)], constant_values=value)

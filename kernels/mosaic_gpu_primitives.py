@@ -7,6 +7,8 @@ in `mosaic_gpu_inline`:
   operand in registers.
 - `add_to_gmem`: a bulk copy that adds into global memory (`reduction_op="add"`).
 - `semaphores`, `signal`, `wait_for_signals`: waiting for another program of the grid.
+
+One has no such branch: `mosaic_gpu_inline.take_number`, a counter that programs share.
 """
 
 from collections.abc import Callable, Sequence

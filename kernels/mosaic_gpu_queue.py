@@ -1,10 +1,10 @@
 """What the programs of the forward kernel on Hopper take, and in what order.
 
-As many programs begin as the GPU has multiprocessors, and each takes one entry of a queue after the other until there
-are none; or several waves of them, of which all but the last end after their share. An entry is a query tile of one
-head, with all key tiles that it sees. Where all of them take equally long, what is left over when every multiprocessor
-has had equally many would keep only some of them busy: those tiles' steps are laid end to end and cut into equal
-ranges, one for each multiprocessor, and the last entries are these ranges.
+As many programs begin as an H100 SXM or an H200 has multiprocessors, and each takes one entry of a queue after the
+other until there are none; or several waves of them, of which all but the last end after their share. An entry is a
+query tile of one head, with all key tiles that it sees. Where all of them take equally long, what is left over when
+every multiprocessor has had equally many would keep only some of them busy: those tiles' steps are laid end to end and
+cut into equal ranges, one for each multiprocessor, and the last entries are these ranges.
 
 A range gives up to two pieces of work. The first of them is the beginning of a tile's steps, left for the program that
 has their end; the second the end of the tile before, which is merged with what others have left. So programs wait only
@@ -88,7 +88,8 @@ class Queue:
 
     The tiles of `heads_together` heads stand side by side, those of their last tile first. With `visits_empty` tiles
     that see no key are given one all the same. `programs` run at a time and take from the queue, in `waves` one after
-    the other; with `is_fixed` equally many entries each, in the interpreter too, which has no counter that they share.
+    the other; with `is_fixed` equally many entries each, with `one_each` a single one. `is_fixed` is for the
+    interpreter too, which has no counter that programs share.
     """
 
     num_heads: int
@@ -99,6 +100,7 @@ class Queue:
     num_ranges: int
     heads_together: int
     visits_empty: bool
+    one_each: bool
     is_fixed: bool
 
     @classmethod
@@ -120,11 +122,11 @@ class Queue:
         """
         entries = num_heads * tiles * batch
         if one_each:
-            return cls(num_heads, tiles, batch, entries, 1, 0, heads_together, visits_empty, is_fixed=True)
+            return cls(num_heads, tiles, batch, entries, 1, 0, heads_together, visits_empty, one_each, is_fixed=True)
         programs = min(mosaic_gpu_split.MULTIPROCESSORS, entries * (range_steps or 1))
         num_ranges = 0 if range_steps is None else programs
-        is_fixed = is_interpreted()
-        return cls(num_heads, tiles, batch, programs, waves, num_ranges, heads_together, visits_empty, is_fixed)
+        shape = num_heads, tiles, batch, programs, waves, num_ranges
+        return cls(*shape, heads_together, visits_empty, one_each, is_fixed=is_interpreted())
 
     def work(self, ranges: TileRanges) -> Work | None:
         """The numbers that programs need, from the key ranges of a mask; None if the shapes say it all."""
@@ -142,7 +144,9 @@ class Queue:
         range_steps = -(-left_over * longest // self.programs)
         is_worth_it = are_equal & (longest - range_steps > _SHARING_STEPS)
         whole = jnp.where(is_worth_it, entries - left_over, entries)
-        return Work(first, jnp.maximum(tiles, 1), longest, whole, entries - whole, jnp.maximum(range_steps, 1))
+        one = jnp.int32(1)  # Divisors, also where nothing is visible and nothing will be asked of them.
+        tiles, longest, range_steps = (jnp.maximum(x, one) for x in (tiles, longest, range_steps))
+        return Work(first, tiles, longest, whole, entries - whole, range_steps)
 
     @property
     def num_programs(self) -> int:
@@ -158,7 +162,8 @@ class Queue:
             hidden = entries - work.whole - work.left_over if self.visits_empty else 0
             entries = self._entries_with_steps(work) + hidden
         if self.is_fixed:
-            first, end = (entry * entries // self.num_programs for entry in (program, program + 1))
+            each, more = entries // self.num_programs, lax.rem(entries, jnp.int32(self.num_programs))
+            first, end = (number * each + jnp.minimum(number, more) for number in (program, program + 1))
             return Position(first - 1, jnp.int32(0)), end
         return Position(jnp.int32(-1), jnp.int32(0)), entries
 
@@ -239,9 +244,9 @@ class Queue:
         # Steps of the shared tile: the range's first, the piece's first, and the end of both.
         low, high = low - shared * work.steps, limit - position.done - shared * work.steps
         first = jnp.maximum(low, 0)
-        row = jnp.where(is_whole, position.entry, work.whole + shared)
+        row = jnp.maximum(jnp.where(is_whole, position.entry, work.whole + shared), 0)
         batch, head = self._batch_and_head(row // work.tiles)
-        tile = work.first_tile + lax.rem(row, work.tiles)
+        tile = jnp.minimum(work.first_tile + lax.rem(row, work.tiles), self.tiles - 1)
         walk = self._walk(inputs, batch, tile)
         walk = walk.part(jnp.where(is_whole, 0, first), jnp.where(is_whole, walk.steps, high - first))
         is_left = ~is_whole & (high < work.steps)

@@ -1,8 +1,7 @@
-"""How the last of a Hopper kernel's equal programs are shared, so that no multiprocessor rests while a few of them end.
+"""How the last of the Hopper backward's equal programs are shared, so that none rests while a few of them end.
 
-A program is a tile of the own side (queries forward, keys backward) of one head, and its steps are the tiles of the
-other side. What is left over when all multiprocessors have had equally many programs is split into pieces, programs of
-their own that take some of the steps each.
+A program is a tile of keys of one head, and its steps are tiles of queries. What is left over when all multiprocessors
+have had equally many programs is split into pieces, programs of their own that take some of the steps each.
 """
 
 import dataclasses
@@ -33,12 +32,11 @@ class Split:
 class SplitCosts:
     """What a program does beside its steps, in steps that take as long.
 
-    `program` is before its first and after its last one; sharing takes `sharing` for all and `piece` for each piece.
+    `program` is before its first and after its last one; sharing takes `sharing` for all of them.
     """
 
     program: float
     sharing: float
-    piece: float = 0.0
 
 
 def split_of(
@@ -71,8 +69,7 @@ def _split_of_equals(num_heads: int, tiles: int, batch: int, num_steps: int, cos
     def steps_of(pieces: int) -> float:
         """Steps that one multiprocessor after another does of the last programs, each of so many pieces."""
         rounds = -(-last_tiles * batch * pieces // MULTIPROCESSORS)
-        sharing = costs.sharing + pieces * costs.piece if pieces > 1 else 0.0
-        return rounds * (num_steps / pieces + costs.program) + sharing
+        return rounds * (num_steps / pieces + costs.program) + (costs.sharing if pieces > 1 else 0.0)
 
     pieces = min(range(1, 1 + max(1, min(MULTIPROCESSORS, num_steps))), key=steps_of)
     all_steps = -(-num_programs // MULTIPROCESSORS) * (num_steps + costs.program)

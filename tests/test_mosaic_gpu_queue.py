@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,6 +42,8 @@ class Shape:
         return TileRanges(start, start, jnp.maximum(end - self.partial, start), end)
 
 
+EQUAL = Shape(num_heads=4, batch=1, steps=(9,) * 33, programs=7)
+UNEQUAL = Shape(num_heads=6, batch=2, steps=tuple(range(20)), heads_together=3, has_ranges=False)
 SHAPES = [
     Shape(num_heads=32, batch=1, steps=(32,) * 64),
     Shape(num_heads=32, batch=1, steps=(0,) * 32 + (64,) * 32, partial=2),
@@ -51,9 +54,9 @@ SHAPES = [
     Shape(num_heads=3, batch=2, steps=(64,) * 7),
     Shape(num_heads=1, batch=1, steps=(512,) * 9),
     Shape(num_heads=1, batch=1, steps=(0,) * 5),
-    Shape(num_heads=4, batch=1, steps=(9,) * 33, programs=7),
+    EQUAL,
     Shape(num_heads=8, batch=1, steps=(20,) * 10 + (21,) * 10),
-    Shape(num_heads=6, batch=2, steps=tuple(range(20)), heads_together=3, has_ranges=False),
+    UNEQUAL,
     Shape(num_heads=5, batch=1, steps=tuple(range(1, 20)), heads_together=5, has_ranges=False, partial=1),
 ]
 
@@ -111,7 +114,7 @@ def test_unequal_tiles_are_not_shared():
 @pytest.mark.parametrize("is_fixed", [False, True])
 def test_programs_begin_at_the_first_entry_of_theirs(is_fixed):
     """With a counter each takes from one queue to its end; without, the entries are divided among them in order."""
-    queue, inputs = _queue(Shape(num_heads=4, batch=1, steps=(9,) * 33, programs=7, has_ranges=False))
+    queue, inputs = _queue(dataclasses.replace(EQUAL, has_ranges=False))
     queue = dataclasses.replace(queue, is_fixed=is_fixed, programs=7)
     position, end = jax.vmap(lambda _: queue.begin(inputs), axis_name="programs", out_axes=0)(jnp.arange(7))
     first = position.entry + 1
@@ -122,6 +125,58 @@ def test_programs_begin_at_the_first_entry_of_theirs(is_fixed):
     np.testing.assert_array_equal(first[1:], end[:-1])
     assert first[0] == 0
     assert end[-1] == 132
+
+
+@pytest.mark.parametrize(("shape", "waves"), [(EQUAL, 4), (UNEQUAL, 2)], ids=str)
+def test_programs_of_several_waves_take_everything_once(shape, waves, monkeypatch):
+    """On a GPU whose multiprocessors are slow and fast, and that begins programs in order where one has ended."""
+    monkeypatch.setattr(mosaic_gpu_split, "MULTIPROCESSORS", 7)
+    queue, inputs = _queue(shape)
+    queue = dataclasses.replace(queue, waves=waves, is_fixed=False)
+    running = jnp.int32(0)
+    numbers_taken = itertools.count()
+    monkeypatch.setattr(mosaic_gpu_queue, "take_number", lambda *_: jnp.int32(next(numbers_taken)))
+    monkeypatch.setattr(jax.lax, "axis_index", lambda _: running)
+    rng = np.random.default_rng(0)
+    taken, to_begin, at_work = Counter(), list(range(queue.num_programs)), {}
+    had = Counter()
+    with jax.disable_jit():
+        while to_begin or at_work:
+            while to_begin and len(at_work) < queue.programs:
+                program = to_begin.pop(0)
+                running = jnp.int32(program)
+                at_work[program] = queue.begin(inputs)
+            program = int(rng.choice(list(at_work)))
+            running = jnp.int32(program)
+            position, end = at_work[program]
+            numbers = [0] * mosaic_gpu_queue.PIECE_NUMBERS
+            position, steps = queue.write_next(inputs, position, end, jnp.int32(had[program]), None, None, numbers)
+            if not steps:
+                del at_work[program]
+                continue
+            at_work[program], had[program] = (position, end), had[program] + 1
+            piece = Piece.read(numbers)
+            taken.update((*map(int, piece[:3]), int(piece.walk.tile(jnp.int32(step)))) for step in range(int(steps)))
+    every = itertools.product(range(shape.batch), range(shape.num_heads), range(len(shape.steps)))
+    assert taken == Counter((*which, 3 + step) for which in every for step in range(shape.steps_of(which[2])))
+    # All but the last wave end after their share.
+    share = len(_by_entry(queue, inputs)) // queue.num_programs
+    early = [had[program] for program in range(queue.num_programs - queue.programs)]
+    assert share > 0
+    assert all(share <= pieces <= share + 1 for pieces in early)
+
+
+def test_entries_of_programs_with_one_each_are_named_however_many_there_are():
+    """Also where their number's square is no int32."""
+    queue = Queue.of(1, 2**16, 1, heads_together=1, visits_empty=True, range_steps=None, waves=1, one_each=True)
+    inputs = SimpleNamespace(work=None)
+    programs = jnp.asarray([0, 1, 2**15, 2**16 - 1])
+    # An axis of 65,536 programs, of which four are looked at.
+    with pytest.MonkeyPatch.context() as patch:
+        for program in programs:
+            patch.setattr(jax.lax, "axis_index", lambda _, program=program: program)
+            position, end = queue.begin(inputs)
+            assert (position.entry + 1, end) == (program, program + 1)
 
 
 def _queue(shape: Shape) -> tuple[Queue, SimpleNamespace]:

@@ -36,7 +36,7 @@ CASES = [
     Case(queries=2048, keys=512, num_blocks=1, heads=4, kv_heads=1, head_dim=128, is_causal=False),
     Case(queries=4096, keys=512, heads=2, kv_heads=1, head_dim=64, is_causal=False, batch=2),
     Case(queries=4096, keys=1024, heads=4, kv_heads=1, head_dim=128, is_even=True),
-    # And query tiles: one head a program, which only many keys are.
+    # And query tiles whose steps are cut into ranges.
     Case(queries=384, keys=32768, num_blocks=1, heads=1, kv_heads=1, head_dim=128, is_causal=False),
     Case(dtype="float16", queries=200, keys=33000, heads=2, kv_heads=1, head_dim=128, is_causal=False, batch=2),
     Case(queries=1024, keys=32768, heads=1, kv_heads=1, head_dim=128, is_even=True),
