@@ -1,7 +1,6 @@
 """A program of the forward kernel on Hopper, and the warpgroup of it that looks its work up and copies all of it."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -145,7 +144,8 @@ class Program:
             plgpu.copy_gmem_to_smem(queries, scratch.query.at[warpgroup], ready)
             if self.old is not None:
                 lse = self.old.lse.at[piece.batch, piece.head, rows]
-                plgpu.copy_gmem_to_smem(lse, scratch.running_lse(number, warpgroup), ready)
+                running = scratch.running_lse(number, warpgroup)
+                self.copy_unless_left(piece, lse, running, ready)
 
     def prepare_output(self, number: jax.Array) -> None:
         """Copies the running output; without one, or for a piece that is left, says that its place is free."""
@@ -157,9 +157,15 @@ class Program:
                 continue
             self.wait_before_next(scratch.output_free.at[warpgroup], number)
             rows = self.old.output.at[piece.batch, self.rows(piece.tile, warpgroup), piece.head]
-            copy = functools.partial(plgpu.copy_gmem_to_smem, rows, scratch.output.at[warpgroup], ready)
-            pl.when(piece.left_by < 0)(copy)
-            pl.when(piece.left_by >= 0)(functools.partial(plgpu.barrier_arrive, ready))
+            self.copy_unless_left(piece, rows, scratch.output.at[warpgroup], ready)
+
+    def copy_unless_left(self, piece: Piece, source: Ref, target: Ref, ready: Ref) -> None:
+        """Copies part of the running state; not for a piece that is left, for the program that merges it writes it."""
+        if not self.block.queue.num_ranges:
+            plgpu.copy_gmem_to_smem(source, target, ready)
+            return
+        pl.when(piece.left_by < 0)(lambda: plgpu.copy_gmem_to_smem(source, target, ready))
+        pl.when(piece.left_by >= 0)(lambda: plgpu.barrier_arrive(ready))
 
     def wait_before_next(self, free: Ref, number: jax.Array) -> None:
         """Waits until a compute warpgroup has left what the next piece's is to be copied into."""
