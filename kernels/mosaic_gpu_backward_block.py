@@ -3,14 +3,15 @@
 import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32
 
 from .mosaic_gpu_choices import BACKWARD_WARPGROUPS, BackwardConfig
 from .mosaic_gpu_masks import MaskInputs
 from .mosaic_gpu_primitives import WARPGROUP_ROWS, Ref, matrix_scratch
-from .mosaic_gpu_split import Split
+from .mosaic_gpu_split import Numbers, Splits
 from .tiles import TileRanges
 
 
@@ -25,20 +26,21 @@ class Inputs(NamedTuple):
     delta: Float32[Array, "B N T"]
     mask: MaskInputs
     ranges: TileRanges
-    # The first of the last key head's tiles whose steps are shared, where there are such tiles.
-    first_shared: Int32[Array, "1"] | None = None
+    # Where programs share the steps of some key tiles.
+    split: Numbers | None = None
 
 
 class Outputs(NamedTuple):
     """Where the gradients of keys and values go.
 
-    Those of key tiles whose steps are shared are added up in `shared`: dK of each entry of the batch, then dV of each.
-    They are one array, for XLA may take two equal ones for one, which is right only as long as nobody adds to them.
+    Those of key tiles whose steps are shared are left in `parts`, by each program that shares one: [place, dK or dV,
+    warpgroup, keys, head dim]. `arrivals` are semaphores that count, for each warpgroup of such a tile, who has.
     """
 
     dk: Ref
     dv: Ref
-    shared: Ref | None = None
+    parts: Ref | None = None
+    arrivals: Ref | None = None
 
 
 class Scratch(NamedTuple):
@@ -51,6 +53,9 @@ class Scratch(NamedTuple):
     statistics: Ref
     d_scores: Ref
     d_query: Ref
+    # The key head and the key tile, and for each warpgroup a place where the number of an arrival goes from the thread
+    # that took it to the others.
+    numbers: Ref
     key_ready: Ref
     query_ready: Ref
     d_out_ready: Ref
@@ -72,10 +77,6 @@ class Scratch(NamedTuple):
     def gradient(self) -> Ref:
         return self.tiles[1]
 
-    @property
-    def gradient_share(self) -> Ref:
-        return self.tiles[2]
-
 
 @dataclasses.dataclass(frozen=True)
 class Block:
@@ -93,7 +94,7 @@ class Block:
     # By how many query tiles programs beside each other begin apart; documents part them by themselves.
     tiles_apart: int
     scale: float
-    split: Split | None
+    splits: Splits | None
 
     @property
     def d_query_part(self) -> tuple[int, int]:
@@ -108,15 +109,15 @@ class Block:
         warpgroups, stages = BACKWARD_WARPGROUPS, config.stages
         key_value = matrix_scratch((warpgroups, WARPGROUP_ROWS, head_dim), self.dtype)
         query = matrix_scratch((stages, config.q_tile, head_dim), self.dtype)
-        dtypes = (self.gradient_dtype, jnp.float32) if self.split else (self.gradient_dtype,)
-        gradients = (matrix_scratch((warpgroups, WARPGROUP_ROWS, head_dim), dtype) for dtype in dtypes)
+        gradient = matrix_scratch((warpgroups, WARPGROUP_ROWS, head_dim), self.gradient_dtype)
         return Scratch(
             key=key_value,
             value=key_value,
-            tiles=plgpu.RefUnion((query, query), *gradients),
+            tiles=plgpu.RefUnion((query, query), gradient),
             statistics=plgpu.SMEM((stages, 2, config.q_tile), jnp.float32),
             d_scores=matrix_scratch((stages, warpgroups, WARPGROUP_ROWS, config.q_tile), self.dtype),
             d_query=matrix_scratch((warpgroups, *self.d_query_part), jnp.float32),
+            numbers=plgpu.SMEM((2 + warpgroups,), jnp.int32),
             key_ready=plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups),
             query_ready=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             d_out_ready=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
@@ -126,3 +127,10 @@ class Block:
             turn=plgpu.Barrier(num_barriers=warpgroups),
             all_done=plgpu.Barrier(num_arrivals=warpgroups),
         )._asdict()
+
+    def parts_types(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """The array of what programs that share a tile leave, if any does."""
+        if self.splits is None:
+            return ()
+        shape = (self.splits.places, 2, BACKWARD_WARPGROUPS, WARPGROUP_ROWS, self.head_dim)
+        return (jax.ShapeDtypeStruct(shape, jnp.float32),)

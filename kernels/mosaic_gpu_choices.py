@@ -9,13 +9,12 @@ from jaxtyping import Array, Float
 
 from .contract import BlockMask
 from .mosaic_gpu_primitives import WARPGROUP_ROWS
-from .mosaic_gpu_split import Split, SplitCosts, split_of
+from .mosaic_gpu_split import SplitCosts, Splits
 
 BACKWARD_WARPGROUPS = 2
 # Programs under a causal mask are unequal. From this many on, one head after the other is faster all the same.
 _MANY_PROGRAMS = 1024
-# For shared gradients zeros are made, and they are put in their place.
-_BACKWARD_COSTS = SplitCosts(program=4, sharing=16)
+_BACKWARD_COSTS = SplitCosts(program=4, sharing=1)
 # Of the 50 MB of an H100's and an H200's L2 cache, what keys and values find there again.
 _L2_BYTES = 20 << 20
 
@@ -124,9 +123,9 @@ class BackwardConfig:
         return BACKWARD_WARPGROUPS * WARPGROUP_ROWS
 
 
-def backward_split(mask: BlockMask, num_heads: int, key_tiles: int, batch: int, num_steps: int) -> Split | None:
-    """How the last programs of the backward kernel are split: key tiles of `num_heads` key heads."""
-    return split_of(mask, num_heads, key_tiles, batch, num_steps, _BACKWARD_COSTS)
+def backward_splits(mask: BlockMask, num_heads: int, key_tiles: int, batch: int, num_steps: int) -> Splits | None:
+    """How the last programs of the backward kernel are shared: key tiles of `num_heads` key heads."""
+    return Splits.of(mask, num_heads, key_tiles, batch, num_steps, _BACKWARD_COSTS)
 
 
 def default_backward_config(head_dim: int) -> BackwardConfig:

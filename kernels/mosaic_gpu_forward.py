@@ -165,8 +165,10 @@ class _Attention:
         if self.program.old is None:
             own, lse = normalizer(softmax)
             return own, None, lse
-        # An address that is computed where it is needed takes no register before.
-        old_lse = self.program.scratch.running_lse(self.number, self.own + hidden_zero())
+        # In the last block an address that is computed where it is needed saves a register; in others it moves the wait
+        # for values before the exponentials, which costs 4 % (see `benchmarks/LOG.md`).
+        own = self.own + hidden_zero() if self.program.block.is_rounded_merged else self.own
+        old_lse = self.program.scratch.running_lse(self.number, own)
         return merge_weights(softmax, plgpu.load(old_lse, layout=ROWS))
 
     def wait_for_output(self) -> None:

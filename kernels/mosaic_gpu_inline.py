@@ -151,8 +151,12 @@ def store_swapped(values: Float32[Array, "64 64"], buffer: Ref, *, keeps_address
     store(values, buffer)
 
 
-def take_number(counter: Ref, place: Ref) -> jax.Array:
-    """A number from 0 on that no other call in the grid gets; `place` is an int32 in shared memory."""
+def take_number(counter: Ref, place: Ref, *, is_after_writes: bool = False) -> jax.Array:
+    """A number from 0 on that no other call in the grid gets; `place` is an int32 in shared memory.
+
+    If it `is_after_writes`, then whoever gets a number can read what all with a smaller one have written before.
+    """
+    order = "acq_rel" if is_after_writes else "relaxed"
 
     @_inline(arg_types=(plgpu.RefType(), plgpu.RefType()), return_type=None)
     def take(_ctx: Any, counter: Any, place: Any) -> None:
@@ -162,7 +166,7 @@ def take_number(counter: Ref, place: Ref) -> jax.Array:
         is_first = arith.cmpi(arith.CmpIPredicate.eq, thread, arith.constant(i32, 0))
         where = llvm.ptrtoint(i64, mgpu_utils.memref_ptr(counter))
         to = llvm.ptrtoint(i32, mgpu_utils.memref_ptr(place))
-        asm = "{ .reg .u32 n; @$0 atom.relaxed.gpu.global.add.u32 n, [$1], 1; @$0 st.shared.u32 [$2], n; }"
+        asm = f"{{ .reg .u32 n; @$0 atom.{order}.gpu.global.add.u32 n, [$1], 1; @$0 st.shared.u32 [$2], n; }}"
         llvm.inline_asm(ir.Type.parse("!llvm.void"), [is_first, where, to], asm, "b,l,r", has_side_effects=True)
         mgpu_utils.warpgroup_barrier()
 

@@ -1,0 +1,177 @@
+"""A program of the fused backward kernel on Hopper, and the warpgroup of it that copies all that it reads."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from .mosaic_gpu_backward_block import Block, Scratch
+from .mosaic_gpu_choices import BACKWARD_WARPGROUPS
+from .mosaic_gpu_masks import Walk
+from .mosaic_gpu_primitives import WARPGROUP_ROWS, Ref, slot_of
+from .mosaic_gpu_split import Numbers, Place, Share, Splits
+
+
+class QueryPlace(NamedTuple):
+    """Where a program is: query head, and query tile; among the partial tiles, which of them.
+
+    It is counted: divisions of the step by the number of tiles would take longer.
+    """
+
+    head: jax.Array
+    tile: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One program of the grid: its tile of keys, its share of the query tiles that see them, and its shared memory."""
+
+    block: Block
+    inputs: Ref
+    dq: Ref
+    scratch: Scratch
+    batch: jax.Array
+    kv_head: jax.Array
+    key_tile: jax.Array
+    walk: Walk
+    # Steps are query tiles that see this key tile, those of all query heads of the group together. This program's:
+    first_step: jax.Array
+    steps: jax.Array
+    # A program for which nothing is left does not exist.
+    exists: jax.Array | bool
+
+    @classmethod
+    def here(cls, block: Block, inputs: Ref, dq: Ref, scratch: Scratch) -> "Program":
+        if block.splits is None:
+            batch, kv_head, key_tile = (lax.axis_index(name) for name in ("batch", "kv_heads", "key_tiles"))
+            walk = Walk.read(inputs.ranges, inputs.mask, batch, key_tile)
+            return cls(
+                *(block, inputs, dq, scratch, batch, kv_head, key_tile, walk),
+                *(jnp.int32(0), walk.steps * block.group, True),
+            )
+        (batch, kv_head, key_tile, exists), share = place_and_share(block.splits, inputs)
+        walk = Walk.read(inputs.ranges, inputs.mask, batch, key_tile)
+        first, end = (walk.steps * block.group * unit // share.units for unit in (share.first, share.end))
+        return cls(block, inputs, dq, scratch, batch, kv_head, key_tile, walk, first, end - first, exists)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several programs may share a key tile."""
+        return self.block.splits is not None
+
+    @property
+    def partial_steps(self) -> jax.Array:
+        """How many of this program's steps, the first ones, need the mask."""
+        partial = self.walk.partial * self.block.group
+        return jnp.clip(partial - self.first_step, 0, self.steps) if self.is_shared else partial
+
+    @property
+    def first_full(self) -> jax.Array:
+        """The full tile to begin with.
+
+        Each program begins a few later than the one before it: programs of one head run side by side, and beginning
+        with the same tiles they would add to the same dQ at once.
+        """
+        walk = self.walk
+        if not self.block.tiles_apart:
+            return walk.full_start
+        num_full = jnp.maximum(walk.full_end - walk.full_start, 1)
+        return walk.full_start + lax.rem(self.key_tile * self.block.tiles_apart, num_full)
+
+    def begin(self, is_partial: bool) -> QueryPlace:
+        """This program's first place among the partial or the full tiles."""
+        start, end, first = self._tiles(is_partial)
+        first_head = self.kv_head * self.block.group
+        if not self.is_shared:
+            return QueryPlace(jnp.int32(0), first)
+        step = self.first_step - (0 if is_partial else self.walk.partial * self.block.group)
+        tiles, step = jnp.maximum(end - start, 1), jnp.maximum(step, 0)
+        return QueryPlace(first_head + step // tiles, start + lax.rem(first - start + step, tiles))
+
+    def query_head(self, head: jax.Array) -> jax.Array:
+        """The query head of a place with that head."""
+        return head if self.is_shared else self.kv_head * self.block.group + head
+
+    def tile(self, place: QueryPlace, is_partial: bool) -> jax.Array:
+        """The query tile of a place."""
+        return self.walk.tile(place.tile) if is_partial else place.tile
+
+    def after(self, place: QueryPlace, is_partial: bool) -> QueryPlace:
+        """The next place: a head's other tiles, then the next head."""
+        start, end, first = self._tiles(is_partial)
+        tile = jnp.where(place.tile + 1 == end, start, place.tile + 1)
+        return QueryPlace(jnp.where(tile == first, place.head + 1, place.head), tile)
+
+    def _tiles(self, is_partial: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The first of a head's partial or full tiles, the end of them, and the one to begin with."""
+        if is_partial:
+            return jnp.int32(0), self.walk.partial, jnp.int32(0)
+        return self.walk.full_start, self.walk.full_end, self.first_full
+
+    def told_keys(self, warpgroup: jax.Array) -> tuple[jax.Array, pl.Slice]:
+        """The key head, and the keys that a compute warpgroup holds, as the copying one tells it.
+
+        If it is not the grid that tells, to know it through the loops would cost registers.
+        """
+        if not self.is_shared:
+            return self.kv_head, _keys(self.key_tile, warpgroup)
+        return self.scratch.numbers[0], _keys(self.scratch.numbers[1], warpgroup)
+
+    def slot(self, step: jax.Array) -> jax.Array:
+        return slot_of(step, self.block.config.stages)
+
+    def wait_for_last(self, barriers: Ref) -> None:
+        """Waits for the arrivals of the last steps, which no later step waits for."""
+
+        @pl.loop(0, jnp.minimum(self.block.config.stages, self.steps))
+        def _(slot):
+            plgpu.barrier_wait(barriers.at[slot])
+
+    def produce(self) -> None:
+        """The third warpgroup's part: copies keys and values once, and the query side of every step."""
+        inputs, scratch = self.inputs, self.scratch
+        if self.is_shared:
+            scratch.numbers[0], scratch.numbers[1] = self.kv_head, self.key_tile
+            plgpu.commit_smem()  # For its barrier: all have written before any thread says that the keys come.
+        for warpgroup in range(BACKWARD_WARPGROUPS):
+            where, ready = (self.batch, _keys(self.key_tile, warpgroup), self.kv_head), scratch.key_ready.at[warpgroup]
+            plgpu.copy_gmem_to_smem(inputs.key.at[where], scratch.key.at[warpgroup], ready)
+            plgpu.copy_gmem_to_smem(inputs.value.at[where], scratch.value.at[warpgroup], ready)
+
+        def copy_tiles(step: jax.Array, place: QueryPlace) -> QueryPlace:
+            slot, is_partial = self.slot(step), step < self.partial_steps
+            tile = jnp.where(is_partial, self.tile(place, True), self.tile(place, False))
+            pl.when(step >= self.block.config.stages)(lambda: plgpu.barrier_wait(scratch.tiles_free.at[slot]))
+            rows = pl.ds(tile * self.block.config.q_tile, self.block.config.q_tile)
+            head = self.query_head(place.head)
+            ready = scratch.query_ready.at[slot]
+            plgpu.copy_gmem_to_smem(inputs.query.at[self.batch, rows, head], scratch.query.at[slot], ready)
+            plgpu.copy_gmem_to_smem(inputs.lse.at[self.batch, head, rows], scratch.statistics.at[slot, 0], ready)
+            ready = scratch.d_out_ready.at[slot]
+            plgpu.copy_gmem_to_smem(inputs.d_out.at[self.batch, rows, head], scratch.d_out.at[slot], ready)
+            plgpu.copy_gmem_to_smem(inputs.delta.at[self.batch, head, rows], scratch.statistics.at[slot, 1], ready)
+            after = _either(is_partial, self.after(place, True), self.after(place, False))
+            return _either(step + 1 == self.partial_steps, self.begin(False), after)
+
+        lax.fori_loop(0, self.steps, copy_tiles, _either(self.partial_steps > 0, self.begin(True), self.begin(False)))
+        self.wait_for_last(scratch.tiles_free)
+
+
+def place_and_share(splits: Splits, inputs: Ref, zero: jax.Array | int = 0) -> tuple[Place, Share]:
+    """Where this program is, and its share of the steps of its key tile; `zero` may be a hidden one."""
+    of_block = 0 if inputs.split.seen.shape[0] == 1 else inputs.mask.block[0]
+    numbers = Numbers(*(field[of_block] for field in inputs.split))
+    return splits.place_and_share(numbers, lax.axis_index("programs") + zero)
+
+
+def _keys(key_tile: jax.Array, warpgroup: jax.Array | int) -> pl.Slice:
+    """The keys of a tile that a warpgroup holds."""
+    return pl.ds((key_tile * BACKWARD_WARPGROUPS + warpgroup) * WARPGROUP_ROWS, WARPGROUP_ROWS)
+
+
+def _either(condition: jax.Array, one: QueryPlace, other: QueryPlace) -> QueryPlace:
+    return QueryPlace(*(jnp.where(condition, x, y) for x, y in zip(one, other, strict=True)))
