@@ -124,9 +124,6 @@ class Queue:
         if one_each:
             return cls(num_heads, tiles, batch, entries, 1, 0, heads_together, visits_empty, one_each, is_fixed=True)
         programs = min(mosaic_gpu_split.MULTIPROCESSORS, entries * (range_steps or 1))
-        if is_interpreted():
-            # One program runs after the other, and takes its time even if there is nothing for it.
-            programs, waves = min(programs, entries), 1
         num_ranges = 0 if range_steps is None else programs
         shape = num_heads, tiles, batch, programs, waves, num_ranges
         return cls(*shape, heads_together, visits_empty, one_each, is_fixed=is_interpreted())

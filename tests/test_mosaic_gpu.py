@@ -70,8 +70,8 @@ def test_two_pass_backward_agrees_with_the_oracle_without_races(case, capfd):
 @pytest.mark.parametrize(
     "case",
     [
-        Case(queries=136, keys=384, num_blocks=1, heads=2, kv_heads=1, head_dim=128, is_causal=False),
-        Case(queries=200, keys=256, num_blocks=1, heads=2, kv_heads=2, head_dim=64, is_causal=False, batch=2),
+        Case(queries=200, keys=384, num_blocks=1, heads=2, kv_heads=1, head_dim=128, is_causal=False),
+        Case(queries=200, keys=256, heads=2, kv_heads=2, head_dim=64, is_causal=False, batch=2),
         Case(queries=200, keys=384, heads=1, kv_heads=1, head_dim=128, is_even=True),
         Case(queries=200, keys=384, heads=1, kv_heads=1, head_dim=128, is_even=True, by_index=True),
     ],
@@ -79,11 +79,12 @@ def test_two_pass_backward_agrees_with_the_oracle_without_races(case, capfd):
 )
 def test_key_tiles_shared_by_programs_agree_with_the_oracle_without_races(case, capfd, monkeypatch):
     """Of 3 programs on 2 multiprocessors, and of 8 on 6, some are left over: the last tiles that are seen."""
-    monkeypatch.setattr(mosaic_gpu_split, "MULTIPROCESSORS", 2 if case.batch == 1 else 6)
+    multiprocessors, left_over = (2, 1) if case.batch == 1 else (6, 2)
+    monkeypatch.setattr(mosaic_gpu_split, "MULTIPROCESSORS", multiprocessors)
     shared = _watched_splits(monkeypatch)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         found = blocks(case)(mosaic_gpu, arrays(case))
-    assert max(shared) > 0
+    assert set(shared) == {left_over}
     assert failures(case, {name: np.asarray(value) for name, value in found.items()}) == []
     assert _races(capfd.readouterr().out) == []
 
@@ -92,9 +93,9 @@ def test_key_tiles_shared_by_programs_agree_with_the_oracle_without_races(case, 
     ("case", "programs"),
     [
         (Case(queries=640, keys=512, num_blocks=1, heads=1, kv_heads=1, head_dim=128, is_causal=False), 4),
-        (Case(queries=640, keys=300, num_blocks=3, heads=1, kv_heads=1, head_dim=128, is_causal=False), 4),
+        (Case(queries=384, keys=300, num_blocks=3, heads=1, kv_heads=1, head_dim=128, is_causal=False), 5),
         (Case(queries=256, keys=256, heads=2, kv_heads=1, head_dim=128, is_causal=False, batch=2), 3),
-        (Case(queries=384, keys=512, num_blocks=3, heads=1, kv_heads=1, head_dim=128, is_even=True, by_index=True), 3),
+        (Case(queries=384, keys=512, num_blocks=3, heads=1, kv_heads=1, head_dim=128, is_even=True, by_index=True), 5),
     ],
     ids=str,
 )
@@ -261,6 +262,10 @@ def test_backward_with_shared_key_tiles_compiles_without_spills(kind):
     assert [use for use in usage if use.spills or use.serialized] == []
     places = [int(n) for n in re.findall(rf"f32\[(\d+),2,2,64,{head_dim}\]", compiled.as_text() or "")]
     assert places, "no key tile is shared"
+    # XLA makes one of equal operands, zeros say: what the kernel writes would be two names for one array.
+    (call,) = re.findall(r"custom-call\((.*?)\), custom_call_target=\"mosaic_gpu", compiled.as_text() or "")
+    operands = re.findall(r"%[\w.-]+", call)
+    assert len(set(operands)) == len(operands)
     memory = compiled.memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes < 1.05 * places[0] * 4 * 4 * 64 * head_dim
@@ -327,7 +332,7 @@ def test_forward_with_few_heads_at_a_time_agrees_with_the_oracle(heads_together,
     """The heads of both sequences, on fewer programs than there are tiles, and a last tile that is not full."""
     monkeypatch.setattr(mosaic_gpu_split, "MULTIPROCESSORS", 5)
     monkeypatch.setattr(mosaic_gpu_forward, "forward_heads_together", lambda *_args: heads_together)
-    case = Case(queries=328, keys=136, num_blocks=1, heads=3, kv_heads=3, head_dim=128, batch=2)
+    case = Case(queries=328, keys=200, num_blocks=2, heads=3, kv_heads=3, head_dim=128, batch=2)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         found = blocks(case)(_FORWARD_ONLY, arrays(case))
     assert failures(case, {name: np.asarray(value) for name, value in found.items()}) == []

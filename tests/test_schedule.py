@@ -36,11 +36,12 @@ def test_every_hop_is_hidden_and_nothing_is_copied(gpu, implementation, segments
     assert [set(move.opcodes) for move in gradient.schedule.moves] in ([], [{"convert"}])
 
 
-def test_positions_and_tiles_are_computed_once_for_all_steps():
+@pytest.mark.parametrize(("is_causal", "sizes"), [(True, (4, 8)), (False, (3, 4))])
+def test_positions_and_tiles_are_computed_once_for_all_steps(is_causal, sizes):
     """What a step launches is its block kernel, and backward the additions of dK and dV; the own block takes two."""
-    case = RingCase(tokens_per_gpu=2048, implementation="mosaic_gpu")
+    case = RingCase(tokens_per_gpu=2048, is_causal=is_causal, implementation="mosaic_gpu")
     others = []
-    for size in (3, 4):
+    for size in sizes:
         forward, gradient = (ring.schedule for ring in compile_ring(dataclasses.replace(case, mesh=f"seq={size}")))
         assert forward.num_kernels == size
         assert gradient.num_kernels == size + size + 1
