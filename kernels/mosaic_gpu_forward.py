@@ -25,7 +25,7 @@ from .contract import AttentionState, BlockMask
 from .mosaic_gpu_choices import ForwardConfig, forward_has_ranges, forward_heads_together, forward_waves
 from .mosaic_gpu_forward_block import Block, Inputs, Partial, Scratch
 from .mosaic_gpu_forward_program import Program
-from .mosaic_gpu_inline import scale_rows_below_one
+from .mosaic_gpu_inline import known_after, scale_rows_below_one
 from .mosaic_gpu_masks import MaskInputs, pad_last
 from .mosaic_gpu_primitives import (
     ROWS,
@@ -41,7 +41,7 @@ from .mosaic_gpu_primitives import (
     wait_for_signals,
 )
 from .mosaic_gpu_queue import Piece, Queue
-from .mosaic_gpu_softmax import LOG2_E, Softmax, merge_weights, normalizer
+from .mosaic_gpu_softmax import LOG2_E, RunningSoftmax, Softmax, TileWeights, merge_weights, normalizer
 from .tiles import key_ranges
 from .varying import match_varying
 
@@ -98,6 +98,11 @@ class _Attention:
         return self.warpgroup if self.program.block.config.early_state else self.warpgroup + hidden_zero()
 
     @property
+    def own_after_steps(self) -> jax.Array:
+        """The warpgroup, for addresses after the steps. In the last block they would take registers through these."""
+        return self.own + hidden_zero() if self.program.block.is_rounded_merged else self.own
+
+    @property
     def piece(self) -> Piece:
         return self.program.piece(self.number)
 
@@ -112,15 +117,16 @@ class _Attention:
         carry = lax.fori_loop(full_from, end, lambda i, c: self.step(i, c, is_partial=False), carry)
         acc, softmax, weights = carry
         last_slot = program.slot(end - 1)
-        plgpu.barrier_arrive(scratch.query_free.at[self.own])
+        plgpu.barrier_arrive(scratch.query_free.at[self.own_after_steps])
 
         def weigh():
-            result = self.weights_of_sums(softmax)
+            whole = softmax.whole()
+            weights = self.weights_of_sums(whole)
             if program.block.config.early_state and program.block.has_state:
                 self.wait_for_output()
-            return result
+            return whole, weights
 
-        weighed, acc = accumulate_while(acc, weights, scratch.value.at[last_slot], use=weigh)
+        (softmax, weighed), acc = accumulate_while(acc, weights, scratch.value.at[last_slot], use=weigh)
         plgpu.barrier_arrive(scratch.value_free.at[last_slot])
         if not program.block.queue.num_ranges:
             self.write(acc, *weighed)
@@ -165,10 +171,7 @@ class _Attention:
         if self.program.old is None:
             own, lse = normalizer(softmax)
             return own, None, lse
-        # In the last block an address that is computed where it is needed saves a register; in others it moves the wait
-        # for values before the exponentials, which costs 4 % (see `benchmarks/LOG.md`).
-        own = self.own + hidden_zero() if self.program.block.is_rounded_merged else self.own
-        old_lse = self.program.scratch.running_lse(self.number, own)
+        old_lse = self.program.scratch.running_lse(self.number, self.own_after_steps)
         return merge_weights(softmax, plgpu.load(old_lse, layout=ROWS))
 
     def wait_for_output(self) -> None:
@@ -205,14 +208,15 @@ class _Attention:
         """Accumulator, softmax and unused weights after the scores of the first key tile."""
         block, scratch, slot = self.program.block, self.program.scratch, self.program.slot(self.first)
 
-        def attend(*, is_partial: bool) -> tuple[Softmax, jax.Array]:
+        def attend(*, is_partial: bool) -> tuple[RunningSoftmax, jax.Array]:
             plgpu.barrier_wait(scratch.query_ready.at[self.own])
             mask = self.visible(self.first_key(self.first)) if is_partial else None
             plgpu.barrier_wait(scratch.key_ready.at[slot])
             products = scores(scratch.query.at[self.own], scratch.key.at[slot])
             plgpu.barrier_arrive(scratch.key_free.at[slot])
-            softmax, _decay, weights = Softmax.of_nothing(WARPGROUP_ROWS).update(products, mask, block.exponent_scale)
-            return softmax, weights.astype(block.dtype)
+            nothing = RunningSoftmax.of_nothing(WARPGROUP_ROWS)
+            softmax, tile = nothing.update(products, mask, block.exponent_scale)
+            return softmax, tile.weights.astype(block.dtype)
 
         if block.can_skip_mask:
             is_partial = self.piece.walk.partial > 0
@@ -240,21 +244,26 @@ class _Attention:
 
         plgpu.barrier_wait(scratch.key_ready.at[slot])
 
-        def use(products):
+        def use(products: jax.Array) -> tuple[tuple[RunningSoftmax, TileWeights], jax.Array]:
             plgpu.barrier_arrive(scratch.key_free.at[slot])
+            scale = program.block.exponent_scale
             if first_key is not None:
-                return softmax.update(products, self.visible(first_key), program.block.exponent_scale)
-            return softmax.update_visible(products, program.block.exponent_scale)
+                after = softmax.update(products, self.visible(first_key), scale)
+            else:
+                after = softmax.update_visible(products, scale)
+            # Values are waited for when most weights are known. Before, they are often not there yet; after the last of
+            # them the wait itself takes time that nothing hides. Either costs 3 to 7 % (see `benchmarks/LOG.md`).
+            return after, known_after(slot, after[1].early)
 
-        def used():
+        def used(slot: jax.Array) -> None:
             # What the next step multiplies its weights with.
             plgpu.barrier_wait(scratch.value_ready.at[slot])
 
         query, key, value = scratch.query.at[self.own], scratch.key.at[slot], scratch.value.at[last_slot]
-        (softmax, decay, weights), acc = scores_while_accumulating(query, key, acc, weights, value, use=use, used=used)
+        (softmax, tile), acc = scores_while_accumulating(query, key, acc, weights, value, use=use, used=used)
         plgpu.barrier_arrive(scratch.value_free.at[last_slot])
         # Rounded only now: the registers of the old weights were being read until the product was waited for.
-        return scale_rows_below_one(acc, decay), softmax, weights.astype(program.block.dtype)
+        return scale_rows_below_one(acc, tile.decay), softmax, tile.weights.astype(program.block.dtype)
 
     def first_key(self, copy: jax.Array) -> jax.Array:
         """The first key of a step's tile."""

@@ -4,6 +4,8 @@ The Mosaic interpreter knows none of it: every function has a mathematically equ
 none; programs that are interpreted share no counter (`mosaic_gpu_queue.Queue.is_fixed`).
 """
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +17,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
-from jaxtyping import Array, Bool, Float32
+from jaxtyping import Array, Bool, Float, Float32
 
 from .mosaic_gpu_primitives import ROWS, Ref, across_columns, is_interpreted
 
@@ -101,6 +103,55 @@ def scale_rows_below_one(
         return _if_any(arith.ori(*below), lambda: matrix * _across(factors, matrix), lambda: matrix)
 
     return scale(matrix, factors)
+
+
+def sums_of_parts(
+    matrix: Float32[Array, "rows columns"],
+) -> tuple[Float32[Array, "rows 8"], Float32[Array, "rows 8"]]:
+    """Sums over every eighth column, with no exchange between threads: of the first 3/4 of the columns, and of all."""
+    num_rows, columns = matrix.shape
+    first = columns * 3 // 4
+    assert first % 8 == 0, f"3/4 of {columns} columns are no multiple of 8"
+    if is_interpreted():
+        first, rest = (x.reshape(num_rows, -1, 8).sum(axis=1) for x in (matrix[:, :first], matrix[:, first:]))
+        return first, first + rest
+    sums = plgpu.ShapeDtypeStruct((num_rows, 8), jnp.float32, layout=_WGMMA)
+
+    @_inline(arg_types=(_WGMMA,), return_type=(sums, sums))
+    def compute(_ctx: Any, matrix: Any) -> Any:
+        # Eight columns of a matrix are registers of their own.
+        by_columns = np.moveaxis(matrix.registers, 1, 0)[:, :, None]
+        so_far = itertools.accumulate(by_columns, np.vectorize(arith.addf, otypes=[object]))
+        so_far = [mgpu.FragmentedArray(_registers=x, _layout=matrix.layout, _is_signed=None) for x in so_far]
+        return so_far[first // 8 - 1], so_far[-1]
+
+    return compute(matrix)
+
+
+def known_after(number: jax.Array, values: Float[Array, "rows columns"]) -> jax.Array:
+    """`number`, which no compiler knows before it has computed `values`. None of these may be negative; NaN may.
+
+    What waits at a barrier with such a number does so after the arithmetic of `values`. Without, ptxas moves waits as
+    far up as it can, or the arithmetic as far down.
+    """
+    if is_interpreted():
+        return number
+    splat = plgpu.Layout.WG_SPLAT
+
+    @_inline(arg_types=(splat, _WGMMA), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=splat))
+    def compute(_ctx: Any, number: Any, values: Any) -> Any:
+        # No sign is set, of NaN neither: the GPU's arithmetic gives only one, the positive. By the vote ptxas sees that
+        # the result is the same in all threads of a warp, and that addresses made of it need no register in each.
+        i32 = ir.IntegerType.get_signless(32)
+        signs = functools.reduce(arith.ori, _words(values))
+        asm = (
+            "{ .reg .b32 n; .reg .pred p; setp.lt.s32 p, $2, 0; vote.sync.any.pred p, p, 0xffffffff; "
+            "selp.u32 n, 1, 0, p; add.u32 $0, $1, n; }"
+        )
+        known = llvm.inline_asm(i32, [number.registers.item(), signs], asm, "=r,r,r", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(known, (), is_signed=True)
+
+    return compute(number, values)
 
 
 def store_swapped(values: Float32[Array, "64 64"], buffer: Ref, *, keeps_addresses: bool) -> None:
@@ -201,6 +252,14 @@ def _parts(register: Any) -> list[Any]:
 def _elements(rows: Any) -> list[Any]:
     """A thread's numbers of an array in the layout ROWS: two."""
     return [x for register in rows.registers.flat for x in _parts(register)]
+
+
+def _words(array: Any) -> list[Any]:
+    """A thread's numbers of an array, 32 bits at a time, as integers."""
+    register = ir.VectorType(array.registers.flat[0].type)
+    words = register.shape[0] * mgpu_utils.bitwidth(register.element_type) // 32
+    as_words = ir.VectorType.get((words,), ir.IntegerType.get_signless(32))
+    return [word for register in array.registers.flat for word in _parts(vector.bitcast(as_words, register))]
 
 
 def _with_elements(like: Any, elements: list[Any]) -> Any:

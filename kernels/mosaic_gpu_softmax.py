@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .mosaic_gpu_inline import exponents_below
+from .mosaic_gpu_inline import exponents_below, sums_of_parts
 from .mosaic_gpu_primitives import ROWS, across_columns, full
 
 LOG2_E = math.log2(math.e)
@@ -16,34 +16,22 @@ _SLACK = 8.0
 _LN_2 = math.log(2.0)
 
 
+class TileWeights(NamedTuple):
+    """What a key tile's values count: `weights`, beside earlier sums times `decay`.
+
+    `early` is known, as far as a compiler can tell, once 3/4 of the weights are.
+    """
+
+    decay: Float[Array, " rows"]
+    weights: Float[Array, "rows keys"]
+    early: Float[Array, "rows 8"]
+
+
 class Softmax(NamedTuple):
-    """What is kept of the scores so far: the largest of a row, in powers of two, and the sum of the weights."""
+    """What is kept of the scores: the largest of a row, in powers of two, and the sum of the weights."""
 
     maximum: Float[Array, " rows"]
     total: Float[Array, " rows"]
-
-    @classmethod
-    def of_nothing(cls, rows: int) -> "Softmax":
-        return cls(full((rows,), -jnp.inf, ROWS), full((rows,), 0, ROWS))
-
-    def update(
-        self, products: jax.Array, mask: jax.Array | None, exponent_scale: float
-    ) -> tuple["Softmax", jax.Array, jax.Array]:
-        """The state after one key tile, what earlier sums decay by, and the tile's weights."""
-        if mask is not None:
-            products = jnp.where(mask, products, -jnp.inf)
-        maximum = jnp.maximum(self.maximum, products.max(axis=1) * exponent_scale)
-        # A row without any visible key so far has the maximum -inf: subtract zero there instead.
-        base = jnp.where(maximum == -jnp.inf, 0.0, maximum)
-        decay = jnp.exp2(self.maximum - base)
-        weights = jnp.exp2(products * exponent_scale - across_columns(base, products.shape))
-        return Softmax(maximum, self.total * decay + weights.sum(axis=1)), decay, weights
-
-    def update_visible(self, products: jax.Array, exponent_scale: float) -> tuple["Softmax", jax.Array, jax.Array]:
-        """`update` with a tile without a mask. The maximum may stay below the true one, by no more than `_SLACK`."""
-        exponents, maximum, decay = exponents_below(products, self.maximum, exponent_scale, limit=_SLACK)
-        weights = jnp.exp2(exponents)
-        return Softmax(maximum, self.total * decay + weights.sum(axis=1)), decay, weights
 
     def merged(self, other: "Softmax") -> tuple["Softmax", jax.Array, jax.Array]:
         """The state after the scores of both, and what to multiply either's sums with so that they add up."""
@@ -51,6 +39,46 @@ class Softmax(NamedTuple):
         base = jnp.where(maximum == -jnp.inf, 0.0, maximum)
         own, others = jnp.exp2(self.maximum - base), jnp.exp2(other.maximum - base)
         return Softmax(maximum, self.total * own + other.total * others), own, others
+
+
+class RunningSoftmax(NamedTuple):
+    """A `Softmax` of the scores so far. The total is in parts, of every eighth key each, lest threads exchange them."""
+
+    maximum: Float[Array, " rows"]
+    parts: Float[Array, "rows 8"]
+
+    @classmethod
+    def of_nothing(cls, rows: int) -> "RunningSoftmax":
+        return cls(full((rows,), -jnp.inf, ROWS), full((rows, 8), 0))
+
+    def update(
+        self, products: jax.Array, mask: jax.Array | None, exponent_scale: float
+    ) -> tuple["RunningSoftmax", TileWeights]:
+        """The state after one key tile, and the tile's weights."""
+        if mask is not None:
+            products = jnp.where(mask, products, -jnp.inf)
+        maximum = jnp.maximum(self.maximum, products.max(axis=1) * exponent_scale)
+        # A row without any visible key so far has the maximum -inf: subtract zero there instead.
+        base = jnp.where(maximum == -jnp.inf, 0.0, maximum)
+        decay = jnp.exp2(self.maximum - base)
+        return self._after(maximum, decay, products * exponent_scale - across_columns(base, products.shape))
+
+    def update_visible(self, products: jax.Array, exponent_scale: float) -> tuple["RunningSoftmax", TileWeights]:
+        """`update` with a tile without a mask. The maximum may stay below the true one, by no more than `_SLACK`."""
+        exponents, maximum, decay = exponents_below(products, self.maximum, exponent_scale, limit=_SLACK)
+        return self._after(maximum, decay, exponents)
+
+    def _after(
+        self, maximum: jax.Array, decay: jax.Array, exponents: jax.Array
+    ) -> tuple["RunningSoftmax", TileWeights]:
+        weights = jnp.exp2(exponents)
+        early, parts = sums_of_parts(weights)
+        parts += self.parts * across_columns(decay, parts.shape)
+        return RunningSoftmax(maximum, parts), TileWeights(decay, weights, early)
+
+    def whole(self) -> Softmax:
+        """The softmax, by adding the parts."""
+        return Softmax(self.maximum, self.parts.sum(axis=1))
 
 
 def merge_weights(softmax: Softmax, old_lse: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

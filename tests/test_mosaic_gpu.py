@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.registers import compile_mosaic
+from benchmarks import machine_code
+from benchmarks.registers import Usage, compile_mosaic
 from ring_jax.cluster import compile_only_devices
 from ring_jax.kernels import (
     mosaic_gpu,
@@ -230,6 +231,7 @@ def test_forward_with_ranges_of_steps_compiles_without_spills(head_dim, num_bloc
     )
     compiled, usage = compile_mosaic(jax.jit(run, donate_argnums=3 if in_place else ()), *args)
     assert [use for use in usage if use.spills or use.serialized] == []
+    _check_waits_for_values(usage)
     parts = 132 * 128 * (head_dim + 2) * 4
     memory = compiled.memory_analysis()
     assert memory is not None
@@ -237,10 +239,13 @@ def test_forward_with_ranges_of_steps_compiles_without_spills(head_dim, num_bloc
     assert memory.alias_size_in_bytes == in_place * 4 * (math.prod(query.shape) + heads * queries)
 
 
-@pytest.mark.parametrize("kind", ["only block", "causal", "of several blocks"])
-def test_backward_with_shared_key_tiles_compiles_without_spills(kind):
+@pytest.mark.parametrize(
+    ("head_dim", "kind"),
+    [(128, "only block"), (128, "causal"), (128, "of several blocks"), (64, "only block"), (64, "of several blocks")],
+)
+def test_backward_with_shared_key_tiles_compiles_without_spills(head_dim, kind):
     """8 key heads of 128 tiles, or half of them, are no multiple of 132. Beside their parts no array is made."""
-    tokens, heads, kv_heads, head_dim, is_even = 16384, 32, 8, 128, kind != "only block"
+    tokens, heads, kv_heads, is_even = 16384, 32, 8, kind != "only block"
     sharding = jax.sharding.SingleDeviceSharding(compile_only_devices("h100")[0])
 
     def array(shape, dtype=jnp.bfloat16) -> Any:
@@ -289,13 +294,19 @@ def test_forward_compiles_for_hopper_in_place_without_spills(head_dim, mask_of):
 def test_last_block_compiles_without_spills_and_writes_no_float32_output(head_dim, has_state, mask_of):
     q, k, state, mask = _shapes(head_dim, mask_of)
     forward = jax.jit(lambda *args: mosaic_gpu.forward(*args, scale=0.1, is_last=True))
-    _check_compiled(forward, (q, k, k, state if has_state else None, mask), [])
+    usage = _check_compiled(forward, (q, k, k, state if has_state else None, mask), [])
+    if mask_of == MASKS[0]:
+        _check_waits_for_values(usage)
 
 
-@pytest.mark.parametrize("mask_of", MASKS[:2])
 @pytest.mark.parametrize(
-    ("head_dim", "backward"),
-    [(128, mosaic_gpu.backward), (64, mosaic_gpu.deterministic_backward), (256, mosaic_gpu.backward)],
+    ("head_dim", "backward", "mask_of"),
+    [
+        (64, mosaic_gpu.backward, MASKS[0]),
+        *((128, mosaic_gpu.backward, mask_of) for mask_of in MASKS),
+        *((64, mosaic_gpu.deterministic_backward, mask_of) for mask_of in MASKS[:2]),
+        *((256, mosaic_gpu.backward, mask_of) for mask_of in MASKS[:2]),
+    ],
 )
 def test_backward_compiles_for_hopper_in_place_without_spills(head_dim, backward, mask_of):
     q, k, state, mask = _shapes(head_dim, mask_of)
@@ -355,7 +366,16 @@ def _shapes(head_dim: int, mask_of: str = MASKS[0]) -> Any:
     return q, k, state, BlockMask(positions, positions, ids, ids, is_causal=True)
 
 
-def _check_compiled(function, args, donated) -> None:
+def _check_waits_for_values(usage: list[Usage]) -> None:
+    """Every loop of the forward waits for the next values while the last quarter of its exponentials is computed."""
+    for use in usage:
+        found = machine_code.loops(use.ptx)
+        assert found
+        for loop in found:
+            assert 0.7 <= loop.waits[-1] / loop.exponentials <= 0.95, loop
+
+
+def _check_compiled(function, args, donated) -> list[Usage]:
     """Nothing is spilled, and what is donated is updated where it lies: no temporary is as large as an array."""
     compiled, usage = compile_mosaic(function, *args)
     assert usage
@@ -366,6 +386,7 @@ def _check_compiled(function, args, donated) -> None:
     assert memory.alias_size_in_bytes == donated_bytes
     smallest_output = 4096 * 8 * 64 * 2
     assert memory.temp_size_in_bytes < smallest_output / 100
+    return usage
 
 
 def _races(log: str) -> list[str]:

@@ -7,9 +7,9 @@ import pytest
 from benchmarks import registers
 from benchmarks.registers import SHARED_MEMORY, Options, main
 
-# Bytes a thread may spill (stores and loads together): the fused kernel at head dim 64 spills 124 with documents, and
-# is faster than cuDNN's all the same.
-MOST_SPILLS = 136
+# Bytes a thread may spill (stores and loads together): the fused backward at head dim 64 spills these with documents,
+# outside of the loop of full tiles.
+MOST_SPILLS = 28
 
 
 def test_every_mosaic_kernel_is_in_the_table(capsys):
