@@ -44,7 +44,7 @@ def loops(ptx: str) -> list[Loop]:
     spans = [span for span in spans if any("HGMMA" in line for line in lines[slice(*span)])]
 
     def is_innermost(start: int, end: int) -> bool:
-        """Neither around another loop, nor from a wait's second try, which stands at the end, back to its first."""
+        """Contains the end of no other loop. A wait's retry, which ptxas puts behind the loops, jumps back: no loop."""
         return not any(other_end < end and other_end > start for _, other_end in spans)
 
     return [_loop(lines[start : end + 1]) for start, end in spans if is_innermost(start, end)]
@@ -64,8 +64,15 @@ def disassembled(ptx: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         source, code = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         source.write_text(ptx)
-        subprocess.run([registers.ptxas(), "--gpu-name=sm_90a", source, "-o", code], capture_output=True, check=True)
-        return subprocess.run([nvdisasm(), "-c", code], capture_output=True, text=True, check=True).stdout
+        _said_by(registers.ptxas(), "--gpu-name=sm_90a", source, "-o", code)
+        return _said_by(nvdisasm(), "-c", code)
+
+
+def _said_by(*command: Path | str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed: {done.stderr}")
+    return done.stdout
 
 
 def nvdisasm() -> Path:

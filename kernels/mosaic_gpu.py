@@ -86,9 +86,8 @@ def backward(
 ) -> Gradients:
     """This block's gradients; its share of `dq` is added in place. See `contract.BlockKernel`.
 
-    Up to head dim 128 one kernel computes all three. In it the copy engine adds the shares of `dq` in no fixed order,
-    and those of `dk` and `dv` of a few key tiles that several programs share (`mosaic_gpu_choices.backward_split`), so
-    the last bits may differ between two runs. Raises NotImplementedError like `forward`.
+    Up to head dim 128 one kernel computes all three. In it the copy engine adds the shares of `dq` in no fixed order:
+    its last bits may differ between two runs. Raises NotImplementedError like `forward`.
     """
     if query.shape[3] > MAX_FUSED_HEAD_DIM:
         return deterministic_backward(query, key, value, d_out, lse, delta, dq, mask, scale=scale, is_only=is_only)

@@ -252,15 +252,15 @@ class _Attention:
             else:
                 after = softmax.update_visible(products, scale)
             # Values are waited for when most weights are known. Before, they are often not there yet; after the last of
-            # them the wait itself takes time that nothing hides. Either costs 3 to 7 % (see `benchmarks/LOG.md`).
-            return after, known_after(slot, after[1].early)
+            # them the wait itself takes time that nothing hides, 2 to 5 % (see `benchmarks/LOG.md`).
+            return after, known_after(slot, after[1].early_sums)
 
-        def used(slot: jax.Array) -> None:
+        def wait(slot: jax.Array) -> None:
             # What the next step multiplies its weights with.
             plgpu.barrier_wait(scratch.value_ready.at[slot])
 
         query, key, value = scratch.query.at[self.own], scratch.key.at[slot], scratch.value.at[last_slot]
-        (softmax, tile), acc = scores_while_accumulating(query, key, acc, weights, value, use=use, used=used)
+        (softmax, tile), acc = scores_while_accumulating(query, key, acc, weights, value, use=use, wait=wait)
         plgpu.barrier_arrive(scratch.value_free.at[last_slot])
         # Rounded only now: the registers of the old weights were being read until the product was waited for.
         return scale_rows_below_one(acc, tile.decay), softmax, tile.weights.astype(program.block.dtype)

@@ -110,10 +110,10 @@ def sums_of_parts(
 ) -> tuple[Float32[Array, "rows 8"], Float32[Array, "rows 8"]]:
     """Sums over every eighth column, with no exchange between threads: of the first 3/4 of the columns, and of all."""
     num_rows, columns = matrix.shape
-    first = columns * 3 // 4
-    assert first % 8 == 0, f"3/4 of {columns} columns are no multiple of 8"
+    num_first = columns * 3 // 4
+    assert num_first % 8 == 0, f"3/4 of {columns} columns are no multiple of 8"
     if is_interpreted():
-        first, rest = (x.reshape(num_rows, -1, 8).sum(axis=1) for x in (matrix[:, :first], matrix[:, first:]))
+        first, rest = (x.reshape(num_rows, -1, 8).sum(axis=1) for x in (matrix[:, :num_first], matrix[:, num_first:]))
         return first, first + rest
     sums = plgpu.ShapeDtypeStruct((num_rows, 8), jnp.float32, layout=_WGMMA)
 
@@ -121,16 +121,20 @@ def sums_of_parts(
     def compute(_ctx: Any, matrix: Any) -> Any:
         # Eight columns of a matrix are registers of their own.
         by_columns = np.moveaxis(matrix.registers, 1, 0)[:, :, None]
-        so_far = itertools.accumulate(by_columns, np.vectorize(arith.addf, otypes=[object]))
-        so_far = [mgpu.FragmentedArray(_registers=x, _layout=matrix.layout, _is_signed=None) for x in so_far]
-        return so_far[first // 8 - 1], so_far[-1]
+        totals = list(itertools.accumulate(by_columns, np.vectorize(arith.addf, otypes=[object])))
+        first, every = (
+            mgpu.FragmentedArray(_registers=x, _layout=matrix.layout, _is_signed=None)
+            for x in (totals[num_first // 8 - 1], totals[-1])
+        )
+        return first, every
 
     return compute(matrix)
 
 
 def known_after(number: jax.Array, values: Float[Array, "rows columns"]) -> jax.Array:
-    """`number`, which no compiler knows before it has computed `values`. None of these may be negative; NaN may.
+    """`number`, an int32, which no compiler knows before it has computed `values`, float32 or of 16 bits.
 
+    None of these may be negative, lest it be another number; NaN may.
     What waits at a barrier with such a number does so after the arithmetic of `values`. Without, ptxas moves waits as
     far up as it can, or the arithmetic as far down.
     """
@@ -140,8 +144,9 @@ def known_after(number: jax.Array, values: Float[Array, "rows columns"]) -> jax.
 
     @_inline(arg_types=(splat, _WGMMA), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=splat))
     def compute(_ctx: Any, number: Any, values: Any) -> Any:
-        # No sign is set, of NaN neither: the GPU's arithmetic gives only one, the positive. By the vote ptxas sees that
-        # the result is the same in all threads of a warp, and that addresses made of it need no register in each.
+        # No sign is set, of NaN neither: the GPU's arithmetic gives only one, the positive. Of two numbers of 16 bits,
+        # which one instruction rounds, the second one's sign is looked at. By the vote ptxas sees that the result is
+        # the same in all threads of a warp, and that addresses made of it need no register in each.
         i32 = ir.IntegerType.get_signless(32)
         signs = functools.reduce(arith.ori, _words(values))
         asm = (

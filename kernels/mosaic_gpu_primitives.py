@@ -142,12 +142,12 @@ def scores_while_accumulating[R, W](
     value: Ref,
     *,
     use: Callable[[jax.Array], tuple[R, W]],
-    used: Callable[[W], None],
+    wait: Callable[[W], None],
 ) -> tuple[R, jax.Array]:
-    """The first of `use(query @ key.T)`, and `acc + weights @ value`, with `use` running under the second product.
+    """The first result of `use(query @ key.T)`, and `acc + weights @ value`, `use` running under the second product.
 
-    `weights` is in registers, the other operands in shared memory. `used` is called with the second of `use`'s results
-    and must wait for a barrier. The wait for the second product would follow otherwise, and ptxas moves it up into the
+    `weights` is in registers, the other operands in shared memory. `wait` is called with the second result of `use` and
+    must wait for a barrier. The wait for the second product would follow otherwise, and ptxas moves it up into the
     arithmetic of `use`; across the branch that a barrier's wait is, it does not.
 
     Call it right after what must be waited for first: with a branch between the zeros of a new accumulator and its
@@ -155,7 +155,7 @@ def scores_while_accumulating[R, W](
     """
     if is_interpreted():
         result, for_wait = use(scores(query, key))
-        used(for_wait)
+        wait(for_wait)
         return result, _plain_accumulate(acc, weights, value)
 
     def body(products_ref, acc_ref):
@@ -165,7 +165,7 @@ def scores_while_accumulating[R, W](
         result = use(plgpu.wgmma_accumulator_load(products_ref, wait_n=1))
         # Keeps LLVM from moving this arithmetic behind the wait for the second product.
         result, for_wait = lax.optimization_barrier(result)
-        used(for_wait)
+        wait(for_wait)
         return lax.optimization_barrier((result, acc_ref[...]))
 
     return pl.run_scoped(body, _accumulator(query.shape[0], key.shape[0]), _accumulator(*acc.shape))

@@ -19,12 +19,12 @@ _LN_2 = math.log(2.0)
 class TileWeights(NamedTuple):
     """What a key tile's values count: `weights`, beside earlier sums times `decay`.
 
-    `early` is known, as far as a compiler can tell, once 3/4 of the weights are.
+    `early_sums`, over every eighth key, are those of the first 3/4 of the weights.
     """
 
     decay: Float[Array, " rows"]
     weights: Float[Array, "rows keys"]
-    early: Float[Array, "rows 8"]
+    early_sums: Float[Array, "rows 8"]
 
 
 class Softmax(NamedTuple):
@@ -72,9 +72,9 @@ class RunningSoftmax(NamedTuple):
         self, maximum: jax.Array, decay: jax.Array, exponents: jax.Array
     ) -> tuple["RunningSoftmax", TileWeights]:
         weights = jnp.exp2(exponents)
-        early, parts = sums_of_parts(weights)
+        early_sums, parts = sums_of_parts(weights)
         parts += self.parts * across_columns(decay, parts.shape)
-        return RunningSoftmax(maximum, parts), TileWeights(decay, weights, early)
+        return RunningSoftmax(maximum, parts), TileWeights(decay, weights, early_sums)
 
     def whole(self) -> Softmax:
         """The softmax, by adding the parts."""

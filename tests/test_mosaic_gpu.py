@@ -286,7 +286,7 @@ MASKS = ["positions", "positions of several blocks", "segment ids"]
 def test_forward_compiles_for_hopper_in_place_without_spills(head_dim, mask_of):
     q, k, state, mask = _shapes(head_dim, mask_of)
     forward = jax.jit(lambda *args: mosaic_gpu.forward(*args, scale=0.1), donate_argnums=3)
-    _check_compiled(forward, (q, k, k, state, mask), jax.tree.leaves(state))
+    _check_waits_for_values(_check_compiled(forward, (q, k, k, state, mask), jax.tree.leaves(state)))
 
 
 @pytest.mark.parametrize("mask_of", MASKS)
@@ -294,9 +294,7 @@ def test_forward_compiles_for_hopper_in_place_without_spills(head_dim, mask_of):
 def test_last_block_compiles_without_spills_and_writes_no_float32_output(head_dim, has_state, mask_of):
     q, k, state, mask = _shapes(head_dim, mask_of)
     forward = jax.jit(lambda *args: mosaic_gpu.forward(*args, scale=0.1, is_last=True))
-    usage = _check_compiled(forward, (q, k, k, state if has_state else None, mask), [])
-    if mask_of == MASKS[0]:
-        _check_waits_for_values(usage)
+    _check_waits_for_values(_check_compiled(forward, (q, k, k, state if has_state else None, mask), []))
 
 
 @pytest.mark.parametrize(
@@ -313,6 +311,17 @@ def test_backward_compiles_for_hopper_in_place_without_spills(head_dim, backward
     run = jax.jit(lambda *args: backward(*args, scale=0.1), donate_argnums=6)
     args = (q, k, k, q, state.lse, state.lse, state.output, mask)
     _check_compiled(run, args, [state.output])
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "kv_heads", "mask_of", "spills"), [(64, 2, MASKS[1], 16), (64, 2, MASKS[2], 28), (128, 8, MASKS[2], 8)]
+)
+def test_backward_spills_no_more_than_it_did(head_dim, kv_heads, mask_of, spills):
+    """What is left of spills, outside of the loop of full tiles: 0 is wanted."""
+    q, k, state, mask = _shapes(head_dim, mask_of, kv_heads)
+    run = jax.jit(lambda *args: mosaic_gpu.backward(*args, scale=0.1), donate_argnums=6)
+    args = (q, k, k, q, state.lse, state.lse, state.output, mask)
+    _check_compiled(run, args, [state.output], most_spills=spills)
 
 
 @pytest.mark.parametrize("is_only", [False, True])
@@ -350,14 +359,14 @@ def test_forward_with_few_heads_at_a_time_agrees_with_the_oracle(heads_together,
     assert _races(capfd.readouterr().out) == []
 
 
-def _shapes(head_dim: int, mask_of: str = MASKS[0]) -> Any:
+def _shapes(head_dim: int, mask_of: str = MASKS[0], kv_heads: int = 2) -> Any:
     """A causal GQA block of 4096 tokens on an H100 that is not there."""
     sharding = jax.sharding.SingleDeviceSharding(compile_only_devices("h100")[0])
 
     def array(shape, dtype) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    q, k = (array((1, 4096, heads, head_dim), jnp.bfloat16) for heads in (8, 2))
+    q, k = (array((1, 4096, heads, head_dim), jnp.bfloat16) for heads in (8, kv_heads))
     state = AttentionState(array(q.shape, jnp.float32), array((1, 8, 4096), jnp.float32))
     positions, ids = array((4096,), jnp.int32), array((1, 4096), jnp.int32) if mask_of == "segment ids" else None
     if mask_of == "positions of several blocks":
@@ -375,11 +384,14 @@ def _check_waits_for_values(usage: list[Usage]) -> None:
             assert 0.7 <= loop.waits[-1] / loop.exponentials <= 0.95, loop
 
 
-def _check_compiled(function, args, donated) -> list[Usage]:
-    """Nothing is spilled, and what is donated is updated where it lies: no temporary is as large as an array."""
+def _check_compiled(function, args, donated, *, most_spills: int = 0) -> list[Usage]:
+    """Nothing is spilled, or so many bytes at most, and no temporary is as large as an array.
+
+    What is donated is updated where it lies.
+    """
     compiled, usage = compile_mosaic(function, *args)
     assert usage
-    assert [use for use in usage if use.spills or use.serialized] == []
+    assert [use for use in usage if use.spills > most_spills or use.serialized] == []
     memory = compiled.memory_analysis()
     assert memory is not None
     donated_bytes = sum(4 * array.size for array in donated)
