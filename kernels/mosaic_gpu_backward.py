@@ -190,8 +190,8 @@ class _Worker:
                 plgpu.barrier_arrive(scratch.d_scores_free.at[last_slot])
                 self.add_d_query(carry, product)
 
-        # ptxas has them rounded once the turn has come; until then they fill twice the registers. Where there are
-        # enough of these, rounding late is 1 to 3 % faster.
+        # ptxas has the probabilities rounded once the turn has come; until then they fill twice the registers. Where
+        # there are enough of these, rounding late is 1 to 3 % faster.
         self.take_turn(known_after(self.warpgroup, probs) if self.rounds_early(is_partial) else None)
         dv, dk = accumulate_two_beside(
             (carry.dv, probs, d_out), (carry.dk, d_scores, query), *self.d_query_factors(last_slot), use=use

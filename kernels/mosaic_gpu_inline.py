@@ -135,6 +135,7 @@ def known_after(number: jax.Array, values: Float[Array, "rows columns"]) -> jax.
     """`number`, an int32, which no compiler knows before it has computed `values`, float32 or of 16 bits.
 
     None of these may be negative, lest it be another number; NaN may.
+
     What waits at a barrier with such a number does so after the arithmetic of `values`. Without, ptxas moves waits as
     far up as it can, or the arithmetic as far down.
     """
