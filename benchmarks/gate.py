@@ -60,16 +60,23 @@ class Gate:
 
     def row_errors(self, passes: Passes) -> Errors:
         """Errors of output or dQ on the sampled rows. The passes must have been built from `arrays`."""
-        found = {"output": self._rows(_first(passes.forward()))}
-        if passes.backward is not None:
-            found["dq"] = self._rows(_first(passes.backward()))
+        return self._row_errors(passes.forward(), None if passes.backward is None else passes.backward())
+
+    def _row_errors(self, output: Any, gradients: Any) -> Errors:
+        found = {"output": self._rows(_first(output))}
+        if gradients is not None:
+            found["dq"] = self._rows(_first(gradients))
         return self._worst(found, *self._dense_rows)
 
     def errors(self, passes: Passes) -> Errors:
-        """Errors of output or a gradient, whichever is the worst, on the sampled rows and keys."""
-        errors = [self.row_errors(passes)]
-        if passes.backward is not None:
-            dk, dv = _by_owner(passes.backward())
+        """Errors of output or a gradient, whichever is the worst, on the sampled rows and keys.
+
+        Each pass is run once: a replay's second run adds to the gradients of the first.
+        """
+        output, gradients = passes.forward(), None if passes.backward is None else passes.backward()
+        errors = [self._row_errors(output, gradients)]
+        if gradients is not None:
+            dk, dv = _by_owner(gradients)
             errors.append(self._worst({"dk": self._keys(dk), "dv": self._keys(dv)}, *self._dense_keys))
         return max(errors, key=_excess)
 
@@ -208,10 +215,10 @@ def _first(result: Any) -> Array:
 
 
 def _by_owner(gradients: Any) -> tuple[list[Array], list[Array]]:
-    """dK and dV for every shard's block, from what a backward pass gives: ours dQ and a list of pairs, peers three."""
+    """dK and dV for every shard's block, from what a backward pass gives: ours dQ and a list, peers three arrays."""
     shares = gradients[1] if isinstance(gradients[1], list) else [gradients[1:3]]
-    dks, dvs = zip(*shares, strict=True)
-    return [_jax_array(x) for x in dks], [_jax_array(x) for x in dvs]
+    pairs = [x if isinstance(x, tuple) else (x[:, 0], x[:, 1]) for x in shares]
+    return [_jax_array(dk) for dk, _ in pairs], [_jax_array(dv) for _, dv in pairs]
 
 
 def _jax_array(x: Any) -> Array:

@@ -52,11 +52,21 @@ class Program:
         return functools.partial(replay_forward, kernels.load(self.implementation, target), self.replay)
 
     def backward(self, target: Target) -> Callable:
-        return functools.partial(replay_backward, kernels.load(self.implementation, target), self.replay)
+        kernel = kernels.load(self.implementation, target)
+        return functools.partial(replay_backward, kernel, self.replay, in_place=self.adds_in_place)
 
-    def backward_args(self, args: tuple, arriving: Any) -> tuple:
-        """What `backward` takes: with one shard nothing arrives."""
-        return args if self.replay.num_shards == 1 else (*args, (arriving, arriving))
+    @property
+    def adds_in_place(self) -> bool:
+        """Whether the kernel adds dK and dV to their sums."""
+        return kernels.has_fused_backward(self.implementation, self.case.head_dim)
+
+    def arriving(self, of_array: Callable[[jax.ShapeDtypeStruct], Any]) -> list[Any]:
+        """What `backward` takes last: by owner, what its steps add to, but for the one or two that begin sums."""
+        shape = self.shapes()["sums"]
+        begun = self.replay.owners[: 2 if self.adds_in_place else 1]
+        half = jax.ShapeDtypeStruct((shape.shape[0], *shape.shape[2:]), shape.dtype)
+        each = (lambda: of_array(shape)) if self.adds_in_place else (lambda: (of_array(half), of_array(half)))
+        return [None if owner in begun else each() for owner in range(self.replay.num_shards)]
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         case, shards = self.case, self.replay.num_shards
@@ -67,7 +77,7 @@ class Program:
             "query": jax.ShapeDtypeStruct(query, dtype),
             "blocks": jax.ShapeDtypeStruct((shards, *block), dtype),
             "lse": jax.ShapeDtypeStruct((query[0], query[2], query[1]), jnp.float32),
-            "arriving": jax.ShapeDtypeStruct(block, jnp.float32),
+            "sums": jax.ShapeDtypeStruct((block[0], 2, *block[1:]), jnp.float32),
         }
 
     @property
@@ -115,7 +125,7 @@ def export_programs(folder: Path, target: Target, implementations: list[str], on
             continue
         s = program.shapes()
         forward_args = (s["query"], s["blocks"], s["blocks"])
-        backward_args = program.backward_args((*forward_args, s["query"], s["lse"], s["query"]), s["arriving"])
+        backward_args = (*forward_args, s["query"], s["lse"], s["query"], program.arriving(lambda shape: shape))
         for kind, fn, args in (
             ("forward", program.forward(target), forward_args),
             ("backward", program.backward(target), backward_args),
@@ -130,21 +140,38 @@ def export_programs(folder: Path, target: Target, implementations: list[str], on
 def ours(program: Program, target: Target, artifacts: Path | None) -> Callable[..., Passes]:
     """A builder like those of `PEERS` for one of our programs, from an artifact if it has one."""
 
-    def load(kind: str, fn: Callable) -> Callable:
+    def load(kind: str, fn: Callable, donated: tuple[int, ...] = ()) -> Callable:
         path = artifacts / f"{program.name}-{kind}.bin" if artifacts else None
         if path is not None and path.exists():
-            return jax.jit(jax.export.deserialize(bytearray(path.read_bytes())).call)
-        return jax.jit(fn)
+            fn = jax.export.deserialize(bytearray(path.read_bytes())).call
+        return jax.jit(fn, donate_argnums=donated)
 
     def build(case: Case, query: Array, keys: Array, values: Array, d_out: Array) -> Passes:
         forward = load("forward", program.forward(target))
-        backward = load("backward", program.backward(target))
+        backward = load("backward", program.backward(target), donated=(6,))
         output, lse = forward(query, keys, values)
-        arriving = jnp.zeros(keys.shape[1:], jnp.float32)
-        args = program.backward_args((query, keys, values, output, lse, d_out), arriving)
-        return Passes(lambda: forward(query, keys, values), lambda: backward(*args))
+        return Passes(
+            lambda: forward(query, keys, values),
+            _Repeated(program, functools.partial(backward, query, keys, values, output, lse, d_out)),
+        )
 
     return build
+
+
+class _Repeated:
+    """A backward pass whose sums of dK and dV arrive, as in a ring, in arrays that it may write into.
+
+    They are zeros the first time, and then those that it gave the last time, so that they grow with every run.
+    """
+
+    def __init__(self, program: Program, backward: Callable[[list[Any]], tuple[Array, list[Any]]]):
+        self._backward = backward
+        self._arriving = program.arriving(lambda sums: jnp.zeros(sums.shape, sums.dtype))
+
+    def __call__(self) -> tuple[Array, list[Any]]:
+        dq, shares = self._backward(self._arriving)
+        self._arriving = [None if x is None else share for x, share in zip(self._arriving, shares, strict=True)]
+        return dq, shares
 
 
 def draw(program: Program) -> tuple[Array, ...]:

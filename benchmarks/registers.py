@@ -68,7 +68,7 @@ class Variant:
         return mosaic_gpu.unsupported_reason(self.compute_capability, self.head_dim, jnp.dtype(self.dtype)) is None
 
     def arguments(self, sharding: Any = None) -> tuple[Any, ...]:
-        """Query, key, state, logsumexp and mask, as shapes and dtypes."""
+        """Query, key, state, logsumexp, sums of gradients and mask, as shapes and dtypes."""
 
         def array(shape: tuple[int, ...], dtype: Any) -> Any:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -77,7 +77,8 @@ class Variant:
         statistics, positions = array((1, 8, 4096), jnp.float32), array((4096,), jnp.int32)
         ids = array((1, 4096), jnp.int32) if self.has_segments else None
         state = AttentionState(array(q.shape, jnp.float32), statistics)
-        return q, k, state, statistics, BlockMask(positions, positions, ids, ids, is_causal=True)
+        sums = array((1, 2, *k.shape[1:]), jnp.float32)
+        return q, k, state, statistics, sums, BlockMask(positions, positions, ids, ids, is_causal=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,10 +104,10 @@ def _triton_usage(variant: Variant) -> list[Usage]:
     """jax-triton writes the PTX into the folder that `JAX_TRITON_DUMP_DIR` named when it was first imported."""
     folder = Path(os.environ["JAX_TRITON_DUMP_DIR"])
 
-    def block(q, k, state, statistics, mask):
+    def block(q, k, state, statistics, sums, mask):
         with triton_gpu.target(variant.compute_capability):
             forward = triton_gpu.forward(q, k, k, state, mask, scale=0.1)
-            backward = triton_gpu.backward(q, k, k, q, statistics, statistics, state.output, mask, scale=0.1)
+            backward = triton_gpu.backward(q, k, k, q, statistics, statistics, state.output, None, mask, scale=0.1)
         return forward, backward
 
     jax.jit(block).trace(*variant.arguments()).lower(lowering_platforms=("cuda",))
@@ -127,12 +128,12 @@ def _assembled(ptx: Path, compute_capability: int) -> Usage:
 def _mosaic_usage(variant: Variant) -> list[Usage]:
     sharding = jax.sharding.SingleDeviceSharding(compile_only_devices("h100")[0])
 
-    def block(q, k, state, statistics, mask):
+    def block(q, k, state, statistics, sums, mask):
         output = mosaic_gpu.forward(q, k, k, state, mask, scale=0.1)
-        cotangents = (q, statistics, statistics, state.output, mask)
-        gradients = [mosaic_gpu_deterministic.backward(q, k, k, *cotangents, scale=0.1)]
+        cotangents = (q, statistics, statistics, state.output)
+        gradients = [mosaic_gpu_deterministic.backward(q, k, k, *cotangents, None, mask, scale=0.1)]
         if has_fused_backward("mosaic_gpu", variant.head_dim):
-            gradients.append(mosaic_gpu.backward(q, k, k, *cotangents, scale=0.1))
+            gradients.append(mosaic_gpu.backward(q, k, k, *cotangents, sums, mask, scale=0.1))
         return output, gradients
 
     return compile_mosaic(jax.jit(block), *variant.arguments(sharding))[1]

@@ -8,7 +8,8 @@ it against one kernel's own best rate. With one shard it is plain attention.
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,24 +86,34 @@ def replay_backward(
     output: Float[Array, "B T N H"],
     lse: Float32[Array, "B N T"],
     d_out: Float[Array, "B T N H"],
-    arriving: tuple[Float32[Array, "B T K H"], Float32[Array, "B T K H"]] | None = None,
+    arriving: Sequence[Any] | None = None,
     segment_ids: Int32[Array, "num_shards B T"] | None = None,
-) -> tuple[Float[Array, "B T N H"], list[tuple[Array, Array]]]:
+    *,
+    in_place: bool = False,
+) -> tuple[Float[Array, "B T N H"], list[Any]]:
     """The rank's dQ in the query's dtype, and by owner its shares of every block's dK and dV in float32.
 
-    With `arriving` every share is added to it, as a ring adds it to what comes with the block. With one shard the only
-    share is in the key's dtype.
+    These are pairs or, where the kernel adds them `in_place`, arrays [B, 2, T, K, H]. They are added to what is
+    `arriving`, by owner, as a ring adds them to what comes with the block; without, or where it is None, they begin
+    sums. With one shard the only share is in the key's dtype.
     """
     delta = jnp.sum(d_out.astype(jnp.float32) * output.astype(jnp.float32), axis=-1).swapaxes(1, 2)
-    scale = query.shape[3] ** -0.5
+    scale, is_only = query.shape[3] ** -0.5, replay.num_shards == 1
 
-    def differentiate(dq: Array, owner: Step) -> tuple[Array, tuple[Array, Array]]:
+    def differentiate(dq: Array, owner: Step) -> tuple[Array, Any]:
+        assert arriving is None or isinstance(owner, int), "in a loop nothing arrives"
+        given = None if arriving is None or not isinstance(owner, int) else arriving[owner]
+        sums = given if in_place and not is_only else None
+        if in_place and not is_only and given is None:
+            # Zeros that wait for this step, as the ring's do.
+            zero, dq = lax.optimization_barrier((jnp.zeros((), jnp.float32), dq))
+            sums = jnp.broadcast_to(zero, (keys.shape[1], 2, *keys.shape[2:]))
         mask = replay.mask(owner, query.shape[1], segment_ids)
-        arrays = (query, keys[owner], values[owner], d_out, lse, delta, dq)
-        dq, *share = kernel.backward(*arrays, mask, scale=scale, is_only=replay.num_shards == 1)
-        if arriving is not None:
-            share = jax.tree.map(jnp.add, list(arriving), share)
-        return lax.optimization_barrier((dq, tuple(share)))
+        arrays = (query, keys[owner], values[owner], d_out, lse, delta, dq, sums)
+        dq, share = kernel.backward(*arrays, mask, scale=scale, is_only=is_only)
+        if given is not None and not in_place:
+            share = jax.tree.map(jnp.add, given, share)
+        return lax.optimization_barrier((dq, share))
 
     first, *others = replay.owners
     dq, share = differentiate(jnp.zeros(query.shape, jnp.float32), first)

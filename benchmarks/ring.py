@@ -140,7 +140,7 @@ def without_hops() -> Iterator[None]:
     traced = attention._attend_sharded
     traced.cache_clear()
     try:
-        with mock.patch.object(ring_module, "rotate", lambda tree, axis_name: tree):
+        with mock.patch.object(ring_module, "rotate", lambda tree, axis_name, by=1: tree):
             yield
     finally:
         traced.cache_clear()

@@ -84,14 +84,24 @@ class BlockMask:
 
 
 class Gradients(NamedTuple):
-    """Gradients of one block: `dq` is the given `dq` plus this block's share, `dk` and `dv` are new.
+    """Gradients after one block: `dq` is the given `dq` plus this block's share, and `sums` the given `sums` plus its.
 
-    All are float32, but for `dk` and `dv` of a block that is the only one: they have the key's dtype.
+    `sums` holds dK and dV. Where none were given they are a new pair of this block's: float32, or in the key's dtype
+    if the block is the only one.
     """
 
     dq: Float32[Array, "B T N H"]
-    dk: Float[Array, "B S K H"]
-    dv: Float[Array, "B S K H"]
+    sums: Float32[Array, "B 2 S K H"] | tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
+
+    @property
+    def dk(self) -> Float[Array, "B S K H"]:
+        """The gradient of the keys: of those of one block, or their sum so far."""
+        return self.sums[0] if isinstance(self.sums, tuple) else self.sums[:, 0]
+
+    @property
+    def dv(self) -> Float[Array, "B S K H"]:
+        """The gradient of the values, likewise."""
+        return self.sums[1] if isinstance(self.sums, tuple) else self.sums[:, 1]
 
 
 class BlockKernel(Protocol):
@@ -129,6 +139,7 @@ class BlockKernel(Protocol):
         lse: Float32[Array, "B N T"],
         delta: Float32[Array, "B N T"],
         dq: Float32[Array, "B T N H"],
+        sums: Float32[Array, "B 2 S K H"] | None,
         mask: BlockMask,
         *,
         scale: float,
@@ -136,10 +147,11 @@ class BlockKernel(Protocol):
     ) -> Gradients:
         """This block's gradients from the final `lse` of the whole ring and `delta = rowsum(d_out * output) - d_lse`.
 
-        The share of `dq` is added to the given `dq`, in place where the implementation can. That begins as zeros, and
-        its numbers may lie in an order and have a scale that only the implementation knows: `finished_d_query` makes
-        the gradient of it. If the block is the only one (`is_only`), nothing will be added to `dk` and `dv`, and they
-        come in the key's dtype: an implementation then need not write the float32 ones.
+        The shares are added to the given `dq` and `sums`, in place where the implementation can. They begin as zeros,
+        and the numbers of `dq` may lie in an order and have a scale that only the implementation knows:
+        `finished_d_query` makes the gradient of it. `sums` are given where one kernel computes all gradients
+        (`registry.has_fused_backward`). If the block is the only one (`is_only`), nothing will be added to its dK and
+        dV, and they come in the key's dtype: an implementation then need not write the float32 ones.
         """
         ...
 

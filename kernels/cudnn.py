@@ -72,17 +72,19 @@ def backward(
     lse: Float32[Array, "B N T"],
     delta: Float32[Array, "B N T"],
     dq: Float32[Array, "B T N H"],
+    sums: None,
     mask: BlockMask,
     *,
     scale: float,
     is_only: bool = False,
 ) -> Gradients:
     """This block's gradients from the ring's final `lse`. See `contract.BlockKernel`; raises like `forward`."""
+    assert sums is None
     d_out, output = _stand_in_output(d_out, delta)
     block_dq, dk, dv = _call_backward(query, key, value, lse, output, d_out, _mask_name(mask), scale)
     if not is_only:
         dk, dv = dk.astype(jnp.float32), dv.astype(jnp.float32)
-    return Gradients(dq + block_dq.astype(jnp.float32), dk, dv)
+    return Gradients(dq + block_dq.astype(jnp.float32), (dk, dv))
 
 
 def _mask_name(mask: BlockMask) -> str:

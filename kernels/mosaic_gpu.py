@@ -9,6 +9,7 @@ The kernels run in the Mosaic interpreter on a CPU (`plgpu.force_gpu_interpret_m
 `mosaic_gpu_primitives`.
 """
 
+import functools
 import math
 
 import jax
@@ -79,25 +80,31 @@ def backward(
     lse: Float32[Array, "B N T"],
     delta: Float32[Array, "B N T"],
     dq: Float32[Array, "B T N H"],
+    sums: Float32[Array, "B 2 S K H"] | None,
     mask: BlockMask,
     *,
     scale: float,
     is_only: bool = False,
 ) -> Gradients:
-    """This block's gradients; its share of `dq` is added in place. See `contract.BlockKernel`.
+    """This block's gradients; its shares are added in place. See `contract.BlockKernel`.
 
     Up to head dim 128 one kernel computes all three. In it the copy engine adds the shares of `dq` in no fixed order:
     its last bits may differ between two runs. Raises NotImplementedError like `forward`.
     """
     if query.shape[3] > MAX_FUSED_HEAD_DIM:
-        return deterministic_backward(query, key, value, d_out, lse, delta, dq, mask, scale=scale, is_only=is_only)
+        assert sums is None
+        return deterministic_backward(
+            query, key, value, d_out, lse, delta, dq, None, mask, scale=scale, is_only=is_only
+        )
     _refuse(query, scale)
     columns = 64 if query.shape[3] <= 64 else 128
-    inputs, sums = _pad_all(query, key, value, d_out, lse, delta, dq, columns=columns)
+    inputs, padded_dq = _pad_all(query, key, value, d_out, lse, delta, dq, columns=columns)
     # The kernel's own order of columns would not survive that padding is cut off: there it begins anew.
     has_own_order = _has_own_order(query.shape[3])
-    sums = sums if has_own_order else jnp.zeros_like(sums)
-    result = differentiate(*inputs, sums, mask, scale=scale, is_only=is_only, config=default_backward_config(columns))
+    padded_dq = padded_dq if has_own_order else jnp.zeros_like(padded_dq)
+    config = default_backward_config(columns)
+    padded = None if sums is None else jax.vmap(functools.partial(_pad, columns=columns), 1, 1)(sums)
+    result = differentiate(*inputs, padded_dq, padded, mask, scale=scale, is_only=is_only, config=config)
     if has_own_order:
         return _crop(result, query, key)
     result = _crop(result._replace(dq=in_order(result.dq, scale)), query, key)
@@ -122,6 +129,7 @@ def deterministic_backward(
     lse: Float32[Array, "B N T"],
     delta: Float32[Array, "B N T"],
     dq: Float32[Array, "B T N H"],
+    sums: None,
     mask: BlockMask,
     *,
     scale: float,
@@ -129,11 +137,12 @@ def deterministic_backward(
 ) -> Gradients:
     """Like `backward`, adding in a fixed order: two runs give identical bits. Two kernels, eight products, not five."""
     _refuse(query, scale)
+    assert sums is None
     inputs, dq = _pad_all(query, key, value, d_out, lse, delta, dq, columns=_round_up(query.shape[3], 32))
     dk, dv = differentiate_keys(*inputs, mask, scale=scale)
     if is_only:
         dk, dv = dk.astype(key.dtype), dv.astype(key.dtype)
-    return _crop(Gradients(differentiate_queries(*inputs, dq, mask, scale=scale), dk, dv), query, key)
+    return _crop(Gradients(differentiate_queries(*inputs, dq, mask, scale=scale), (dk, dv)), query, key)
 
 
 def _refuse(query: Float[Array, "B T N H"], scale: float) -> None:
@@ -154,10 +163,8 @@ def _pad_all(query, key, value, d_out, lse, delta, dq, *, columns: int) -> tuple
 
 
 def _crop(gradients: Gradients, query: jax.Array, key: jax.Array) -> Gradients:
-    dq, dk, dv = (
-        x[:, : like.shape[1], :, : like.shape[3]] for x, like in zip(gradients, (query, key, key), strict=True)
-    )
-    return Gradients(dq, dk, dv)
+    dq = gradients.dq[:, : query.shape[1], :, : query.shape[3]]
+    return Gradients(dq, jax.tree.map(lambda x: x[..., : key.shape[1], :, : key.shape[3]], gradients.sums))
 
 
 def _pad(x: Float[Array, "B T N H"], columns: int) -> Float[Array, "B T8 N columns"]:

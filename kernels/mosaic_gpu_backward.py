@@ -138,14 +138,19 @@ class _Worker:
         )
 
     def store(self, gradient: Callable[[int], jax.Array], outputs: Outputs) -> None:
-        """Copies this warpgroup's half of dK and dV out, gradients 0 and 1."""
+        """Copies this warpgroup's half of dK and dV out, gradients 0 and 1, or adds it to their sums."""
         program = self.program
         buffer = program.scratch.gradient.at[self.warpgroup]
-        for i, target in ((1, outputs.dv), (0, outputs.dk)):
+        for i in (1, 0):
             buffer[...] = gradient(i).astype(buffer.dtype)
             plgpu.commit_smem()
             kv_head, keys = program.told_keys(self.warpgroup)
-            plgpu.copy_smem_to_gmem(buffer, target.at[program.batch, keys, kv_head])
+            if outputs.sums is None:
+                target = outputs.gradients[i]
+                plgpu.copy_smem_to_gmem(buffer, target.at[program.batch, keys, kv_head])
+            else:
+                # No other program adds to these: the same bits in every run.
+                add_to_gmem(buffer, outputs.sums, (program.batch, i), keys.start, (kv_head,))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def leave(self, gradients: tuple[jax.Array, jax.Array], share: Share, outputs: Outputs) -> None:
@@ -243,9 +248,13 @@ class _Worker:
     def rounds_early(self, is_partial: bool) -> bool:
         """Whether a step's probabilities are rounded before the turn has come, for the registers.
 
-        Tiles of 128 queries are short of these, and steps whose mask is of segment ids.
+        Tiles of 128 queries are short of these, and steps whose mask is of segment ids. Where key tiles see as much as
+        others, the full ones among the former have enough.
         """
-        return self.program.block.config.q_tile != WARPGROUP_ROWS or (is_partial and self.has_segments)
+        block = self.program.block
+        if block.config.q_tile == WARPGROUP_ROWS:
+            return is_partial and self.has_segments
+        return is_partial or block.has_uneven_tiles or self.has_segments
 
     @property
     def has_segments(self) -> bool:
@@ -273,9 +282,9 @@ class _Worker:
         # Tiles of 128 queries leave no registers for the addresses.
         store_swapped(product, buffer, keeps_addresses=program.block.config.q_tile == WARPGROUP_ROWS)
         plgpu.commit_smem()
-        where = (program.batch, program.query_head(carry.last_head), self.columns)
+        where = (program.query_head(carry.last_head), self.columns)
         first_row = carry.last_tile * program.block.config.q_tile + self.first_row
-        add_to_gmem(buffer, program.dq, where, first_row, program.block.num_queries)
+        add_to_gmem(buffer, program.dq, (program.batch,), first_row, where)
 
 
 class _Carry(NamedTuple):
@@ -296,15 +305,16 @@ def differentiate(
     lse: Float32[Array, "B N T"],
     delta: Float32[Array, "B N T"],
     dq: Float32[Array, "B T N H"],
+    sums: Float32[Array, "B 2 S K H"] | None,
     mask: BlockMask,
     *,
     scale: float,
     is_only: bool,
     config: BackwardConfig,
 ) -> Gradients:
-    """This block's gradients, its share of `dq` added in place in no fixed order. T and S are multiples of 8.
+    """The gradients after this block, added in place, to `dq` in no fixed order. T and S are multiples of 8.
 
-    Sums are added to `dq` as they lie in registers: `in_order` makes the gradient of them.
+    Shares are added to `dq` as they lie in registers: `in_order` makes the gradient of it.
     """
     batch, num_queries, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[2]
@@ -319,13 +329,14 @@ def differentiate(
         order, grid = ("programs",), {"programs": splits.num_programs}
     block = Block(
         config=config,
-        num_queries=num_queries,
         num_keys=mask.k_positions.shape[-1],
         key_tiles=key_tiles,
         group=group,
         head_dim=head_dim,
         dtype=query.dtype,
         gradient_dtype=key.dtype if is_only else jnp.dtype(jnp.float32),
+        skips_hidden=sums is not None,
+        has_uneven_tiles=mask.has_uneven_tiles,
         is_causal=mask.is_causal,
         tiles_apart=backward_tiles_apart(mask, num_steps) if is_apart else 0,
         scale=scale,
@@ -335,17 +346,22 @@ def differentiate(
     ranges = query_ranges(mask, config.q_tile, config.k_tile)
     numbers = None if splits is None else splits.numbers(ranges)
     leaves, treedef = jax.tree.flatten(Inputs(query, key, value, d_out, lse, delta, masks, ranges, numbers))
-    parts_types = block.parts_types()
+    out_type = block.parts_types()
+    if sums is None:
+        out_type = (*(jax.ShapeDtypeStruct(key.shape, block.gradient_dtype),) * 2, *out_type)
 
     def body(*refs, **scratch):
         inputs, (dq_ref, *outputs) = jax.tree.unflatten(treedef, refs[: len(leaves)]), refs[len(leaves) :]
         arrivals = None if splits is None else semaphores(splits.shared, BACKWARD_WARPGROUPS)
-        _run(Program.here(block, inputs, dq_ref, Scratch(**scratch)), Outputs(*outputs, arrivals=arrivals))
+        if sums is None:
+            targets = Outputs(None, tuple(outputs[:2]), *outputs[2:], arrivals=arrivals)
+        else:
+            targets = Outputs(outputs[0], (), *outputs[1:], arrivals=arrivals)
+        _run(Program.here(block, inputs, dq_ref, Scratch(**scratch)), targets)
 
-    gradient = jax.ShapeDtypeStruct(key.shape, block.gradient_dtype)
     kernel = plgpu.kernel(
         body,
-        out_type=(gradient, gradient, *parts_types),
+        out_type=out_type,
         scratch_types=block.scratch_types(),
         grid=tuple(grid[name] for name in order),
         grid_names=order,
@@ -355,14 +371,16 @@ def differentiate(
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
 
+    in_place = (dq,) if sums is None else (dq, sums)
+
     def run(refs):
-        dq_ref, *results = refs
         # Parts are kept only because the discharge of `dq` wants all of a kernel's results used.
-        for ref, x in zip(results, kernel(*leaves, dq_ref), strict=True):
+        results = kernel(*leaves, *refs[: len(in_place)])
+        for ref, x in zip(refs[len(in_place) :], results, strict=True):
             ref[...] = x
 
-    empty = (jnp.empty(x.shape, x.dtype) for x in (gradient, gradient, *parts_types))
-    return Gradients(*pl.run_state(run)((dq, *empty))[:3])
+    dq, *results = pl.run_state(run)((*in_place, *(jnp.empty(x.shape, x.dtype) for x in out_type)))
+    return Gradients(dq, (results[0], results[1]) if sums is None else results[0])
 
 
 def in_order(dq: Float32[Array, "B T N H"], scale: float) -> Float32[Array, "B T N H"]:

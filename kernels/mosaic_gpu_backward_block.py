@@ -31,14 +31,14 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Where the gradients of keys and values go.
+    """Where the gradients of keys and values go: to be added to their `sums`, or else into two arrays of their own.
 
     Those of key tiles whose steps are shared are left in `parts`, by each program that shares one: [place, dK or dV,
     warpgroup, keys, head dim]. `arrivals` are semaphores that count, for each warpgroup of such a tile, who has.
     """
 
-    dk: Ref
-    dv: Ref
+    sums: Ref | None
+    gradients: tuple[Ref, ...]
     parts: Ref | None = None
     arrivals: Ref | None = None
 
@@ -83,13 +83,16 @@ class Block:
     """Shapes and static choices of the kernel."""
 
     config: BackwardConfig
-    num_queries: int
     num_keys: int
     key_tiles: int
     group: int
     head_dim: int
     dtype: jnp.dtype
     gradient_dtype: jnp.dtype
+    # Whether key tiles that no query sees are left alone: what would be added is zeros.
+    skips_hidden: bool
+    # Whether key tiles may see more queries than others do, documents apart.
+    has_uneven_tiles: bool
     is_causal: bool
     # By how many query tiles programs beside each other begin apart; documents part them by themselves.
     tiles_apart: int

@@ -41,7 +41,7 @@ class Program:
     # Steps are query tiles that see this key tile, those of all query heads of the group together. This program's:
     first_step: jax.Array
     steps: jax.Array
-    # A program for which nothing is left does not exist.
+    # A program for which nothing is left does not exist, nor one that would add zeros.
     exists: jax.Array | bool
 
     @classmethod
@@ -51,11 +51,12 @@ class Program:
             walk = Walk.read(inputs.ranges, inputs.mask, batch, key_tile)
             return cls(
                 *(block, inputs, dq, scratch, batch, kv_head, key_tile, walk),
-                *(jnp.int32(0), walk.steps * block.group, True),
+                *(jnp.int32(0), walk.steps * block.group, walk.steps > 0 if block.skips_hidden else True),
             )
         (batch, kv_head, key_tile, exists), share = place_and_share(block.splits, inputs)
         walk = Walk.read(inputs.ranges, inputs.mask, batch, key_tile)
         first, end = (walk.steps * block.group * unit // share.units for unit in (share.first, share.end))
+        exists = exists & (walk.steps > 0) if block.skips_hidden else exists
         return cls(block, inputs, dq, scratch, batch, kv_head, key_tile, walk, first, end - first, exists)
 
     @property

@@ -258,19 +258,19 @@ def wait_for_signals(everyones: Ref | None, *where: jax.Array, count: jax.Array)
         plgpu.semaphore_wait(everyones.at[where], count, memory_scope="gpu")
 
 
-def add_to_gmem(source: Ref, array: Ref, entry: tuple, first_row: jax.Array, num_rows: int) -> None:
-    """Adds a committed tile in shared memory to rows `first_row...` of `array.at[batch, rows, head, columns]`.
+def add_to_gmem(source: Ref, array: Ref, entry: tuple, first_row: jax.Array | int, columns: tuple) -> None:
+    """Adds a committed tile in shared memory to rows `first_row...` of `array.at[*entry, rows, *columns]`.
 
-    The copy is asynchronous, a group of its own (`plgpu.wait_smem_to_gmem`). `num_rows`, all rows, divides by 8.
+    The copy is asynchronous, a group of its own (`plgpu.wait_smem_to_gmem`). The number of all rows divides by 8.
     The interpreter's branch adds without atomics: it runs one program of the grid at a time.
     """
-    batch, head, columns = entry
     if not is_interpreted():
         rows = pl.ds(first_row, source.shape[0])
-        plgpu.copy_smem_to_gmem(source, array.at[batch, rows, head, columns], reduction_op="add")
+        plgpu.copy_smem_to_gmem(source, array.at[(*entry, rows, *columns)], reduction_op="add")
         return
+    num_rows = array.shape[len(entry)]
 
     @pl.loop(0, jnp.minimum(source.shape[0], num_rows - first_row) // 8)
     def _(group):
-        where = (batch, pl.ds(first_row + group * 8, 8), head, columns)
+        where = (*entry, pl.ds(first_row + group * 8, 8), *columns)
         array[where] = array[where] + source[pl.ds(group * 8, 8)]

@@ -126,7 +126,7 @@ def has_fused_backward(implementation: str, head_dim: int) -> bool:
     """Whether one kernel computes dQ, dK and dV, so that dK and dV are there no sooner than dQ.
 
     Then the ring must leave a part of a device's own block for last, to have something to hide its last hop. Such a
-    kernel adds shares of dQ in no fixed order.
+    kernel adds shares of dQ in no fixed order, and those of dK and dV to sums that it is given.
     """
     return implementation == "mosaic_gpu" and head_dim <= _module(implementation).MAX_FUSED_HEAD_DIM
 

@@ -118,6 +118,7 @@ def backward(
     lse: Float32[Array, "B N T"],
     delta: Float32[Array, "B N T"],
     dq: Float32[Array, "B T N H"],
+    sums: None,
     mask: BlockMask,
     *,
     scale: float,
@@ -130,6 +131,7 @@ def backward(
     """
     from . import triton_kernels
 
+    assert sums is None
     block = _Block.of(query, key, value, mask, scale)
     rows = (d_out, lse, delta)
     # dK and dV come first: the ring sends them on while dQ is still being computed.
@@ -144,7 +146,7 @@ def backward(
         block.launch(triton_kernels.dq_kernel, tile, ranges, query.shape[2], rows, refs=refs)
 
     (dq,) = pl.run_state(run)((dq,))
-    return Gradients(dq, dk, dv)
+    return Gradients(dq, (dk, dv))
 
 
 @dataclasses.dataclass(frozen=True)

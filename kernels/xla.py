@@ -123,6 +123,7 @@ def backward(
     lse: Float32[Array, "B N T"],
     delta: Float32[Array, "B N T"],
     dq: Float32[Array, "B T N H"],
+    sums: Float32[Array, "B 2 S K H"] | None,
     mask: BlockMask,
     *,
     scale: float,
@@ -167,8 +168,9 @@ def backward(
         return dq, dk, lax.dynamic_update_slice_in_dim(dv, dv_tile, at, 1)
 
     dq, dk, dv = lax.fori_loop(0, k_tiles.whole.shape[1], key_tile, (dq, zeros, zeros))
-    dk, dv = (x[:, :num_keys].astype(key.dtype if is_only else jnp.float32) for x in (dk, dv))
-    return Gradients(dq[:, :num_queries].reshape(query.shape), dk, dv)
+    share = tuple(x[:, :num_keys].astype(key.dtype if is_only else jnp.float32) for x in (dk, dv))
+    dq = dq[:, :num_queries].reshape(query.shape)
+    return Gradients(dq, share if sums is None else sums + jnp.stack(share, axis=1))
 
 
 def _walk(

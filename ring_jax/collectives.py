@@ -11,12 +11,12 @@ from jaxtyping import Array, PyTree, Shaped
 AxisName = Hashable | tuple[Hashable, ...]
 
 
-def rotate[Tree: PyTree](tree: Tree, axis_name: AxisName) -> Tree:
-    """One hop: every device sends its arrays to the next device of the axis and receives those of the one before."""
-    size = lax.axis_size(axis_name)
-    if size == 1:
+def rotate[Tree: PyTree](tree: Tree, axis_name: AxisName, *, by: int = 1) -> Tree:
+    """One hop: every device sends its arrays to the device `by` places on and receives those of the one before it."""
+    by %= lax.axis_size(axis_name)
+    if by == 0:
         return tree
-    axes, ring = _ring(axis_name)
+    axes, ring = _ring(axis_name, by)
 
     def send(x: Array) -> Array:
         # As bits: XLA's CPU backend would widen a 16-bit float to float32 before sending it.
@@ -28,7 +28,7 @@ def rotate[Tree: PyTree](tree: Tree, axis_name: AxisName) -> Tree:
     return jax.tree.map(send, tree)
 
 
-def _ring(axis_name: AxisName) -> tuple[AxisName, list[tuple[int, int]]]:
+def _ring(axis_name: AxisName, by: int) -> tuple[AxisName, list[tuple[int, int]]]:
     """The axes in the mesh's order, as `ppermute` wants them, and the hops of a ring in the order of `axis_name`."""
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     ordered = names
@@ -36,7 +36,7 @@ def _ring(axis_name: AxisName) -> tuple[AxisName, list[tuple[int, int]]]:
         ordered = tuple(sorted(names, key=jax.sharding.get_abstract_mesh().axis_names.index))
     index_in_mesh_order = np.arange(lax.axis_size(names)).reshape([lax.axis_size(name) for name in ordered])
     of_rank = index_in_mesh_order.transpose([ordered.index(name) for name in names]).ravel().tolist()
-    return ordered, list(zip(of_rank, of_rank[1:] + of_rank[:1], strict=True))
+    return ordered, list(zip(of_rank, of_rank[by:] + of_rank[:by], strict=True))
 
 
 def gather_shards(x: Shaped[Array, "..."], axis_name: AxisName) -> Shaped[Array, "num_shards ..."]:

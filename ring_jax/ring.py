@@ -39,14 +39,20 @@ class Block(NamedTuple):
     segment_ids: Int32[Array, "B T"] | None
 
 
-class BlockGradients(NamedTuple):
-    """What travels with a block in the backward ring, in float32 until the sum over all devices is complete."""
-
-    dk: Float[Array, "B T K H"]
-    dv: Float[Array, "B T K H"]
+# dK and dV of a block.
+type Pair = tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]
 
 
-Carry = tuple[Block, BlockGradients, Float32[Array, "B T N H"]]
+class Carry(NamedTuple):
+    """What a step of the backward ring in place is given: the block that it holds, two sums of gradients, and dQ.
+
+    It adds the block's dK and dV to the first sum. The second one is what the step before has added to.
+    """
+
+    block: Block
+    sums: Float32[Array, "B 2 T K H"]
+    sums_before: Float32[Array, "B 2 T K H"]
+    dq: Float32[Array, "B T N H"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +112,7 @@ def _attend(
         state = compute(0, block, None, is_last=True)
     else:
         carry = compute_and_pass_on(0, (block, None))
-        block, state = _repeat(compute_and_pass_on, carry, last=ring.size - 1, as_loop=ring.is_loop)
+        block, state = _repeat(compute_and_pass_on, carry, last=ring.size - 1, loop_steps=2 if ring.is_loop else None)
         state = compute(ring.size - 1, block, state, is_last=True)
     return state.output, state.lse
 
@@ -127,52 +133,97 @@ def _attend_backward(options: RingOptions, residuals: tuple, cotangents: tuple[A
     # d lse / d score is the probability itself: the logsumexp's cotangent joins delta (FlashAttention-2, section 2.2).
     delta = jnp.sum(d_out.astype(jnp.float32) * output.astype(jnp.float32), axis=-1).swapaxes(1, 2) - d_lse
 
-    def compute(step: Step, block: Block, dq: Array, hidden_keys: Array | None = None) -> tuple[Array, BlockGradients]:
+    def compute(
+        step: Step, block: Block, dq: Array, sums: Array | None = None, hidden_keys: Array | None = None
+    ) -> tuple[Array, Any]:
         mask = ring.mask(step, segment_ids, block.segment_ids)
         mask = mask if hidden_keys is None else mask.without(hidden_keys)
-        arrays = (query, block.key, block.value, d_out, lse, delta, dq)
-        dq, dk, dv = kernel.backward(*arrays, mask, scale=options.scale, is_only=ring.size == 1)
-        return dq, BlockGradients(*match_varying((dk, dv), like=query))
-
-    def compute_and_pass_on(step: Step, carry: Carry) -> Carry:
-        block, gradients, dq = carry
-        # The gradients that the previous step added to travel under this step's kernel, beside the next block; this
-        # step's share is added on arrival.
-        arriving, arriving_gradients = rotate((block, gradients), options.axis_name)
-        dq, share = compute(step, block, dq)
-        return lax.optimization_barrier((arriving, jax.tree.map(jnp.add, arriving_gradients, share), dq))
-
-    def compute_last(block: Block, gradients: BlockGradients, dq: Array) -> tuple[Array, BlockGradients]:
-        arriving_gradients = rotate(gradients, options.axis_name)
-        dq, share = compute(ring.size - 1, block, dq)
-        dk, dv = jax.tree.map(jnp.add, arriving_gradients, share)
-        if late_keys is None:
-            # The sums are complete: rounded now, they make the hop home to their owner in half the bytes.
-            return dq, rotate(BlockGradients(dk.astype(key.dtype), dv.astype(value.dtype)), options.axis_name)
-        (dk, dv), dq = lax.optimization_barrier(((dk, dv), dq))
-        home = rotate(BlockGradients(dk, dv), options.axis_name)
-        dq, share = compute(0, own_block, dq, hidden_keys=~late_keys)
-        # What is left to do with dQ comes after the hop, under which there is a kernel.
-        return lax.optimization_barrier((dq, BlockGradients(*jax.tree.map(jnp.add, home, share))))
+        arrays = (query, block.key, block.value, d_out, lse, delta, dq, sums)
+        dq, sums_or_share = kernel.backward(*arrays, mask, scale=options.scale, is_only=ring.size == 1)
+        return dq, match_varying(sums_or_share, like=query)
 
     # The ring begins when delta is there. Otherwise XLA makes dQ's zeros at the program's start, and keeps what the
     # forward ring's first hop brought because this one's first hop will bring the same.
     own_block, delta, zero = lax.optimization_barrier(
         (Block(key, value, segment_ids), delta, jnp.zeros((), jnp.float32))
     )
-    dq = match_varying(jnp.broadcast_to(zero, query.shape), like=query)
-    is_fused = kernels.has_fused_backward(options.implementation, query.shape[3])
-    late_keys = _inner_half(key.shape[1]) if is_fused else None
+    zero = match_varying(zero, like=query)
+    dq = jnp.broadcast_to(zero, query.shape)
     if ring.size == 1:
         dq, (dk, dv) = compute(0, own_block, dq)
+    elif kernels.has_fused_backward(options.implementation, query.shape[3]):
+        dq, dk, dv = _differentiate_in_place(compute, ring, options.axis_name, own_block, dq, zero)
     else:
-        arriving = rotate(own_block, options.axis_name)
-        dq, gradients = compute(0, own_block, dq, hidden_keys=late_keys)
-        carry = lax.optimization_barrier((arriving, gradients, dq))
-        block, gradients, dq = _repeat(compute_and_pass_on, carry, last=ring.size - 1, as_loop=ring.is_loop)
-        dq, (dk, dv) = compute_last(block, gradients, dq)
+        dq, dk, dv = _differentiate(compute, ring, options.axis_name, own_block, dq)
     dq = kernel.finished_d_query(dq, scale=options.scale)
     return dq.astype(query.dtype), dk.astype(key.dtype), dv.astype(value.dtype), None, None
+
+
+def _differentiate(
+    compute: Callable[..., tuple[Array, Any]], ring: "RingMasks", axis_name: AxisName, own_block: Block, dq: Array
+) -> tuple[Array, Array, Array]:
+    """The backward ring of kernels that add only dQ in place: dQ, and dK and dV of this device's own block."""
+
+    def compute_and_pass_on(step: Step, carry: tuple[Block, Pair, Array]) -> tuple[Block, Pair, Array]:
+        block, gradients, dq = carry
+        # The gradients that the previous step added to travel under this step's kernel, beside the next block; this
+        # step's share is added on arrival.
+        arriving, arriving_gradients = rotate((block, gradients), axis_name)
+        dq, share = compute(step, block, dq)
+        return lax.optimization_barrier((arriving, jax.tree.map(jnp.add, arriving_gradients, share), dq))
+
+    arriving = rotate(own_block, axis_name)
+    dq, gradients = compute(0, own_block, dq)
+    carry = lax.optimization_barrier((arriving, gradients, dq))
+    loop_steps = 2 if ring.is_loop else None
+    block, gradients, dq = _repeat(compute_and_pass_on, carry, last=ring.size - 1, loop_steps=loop_steps)
+    arriving_gradients = rotate(gradients, axis_name)
+    dq, share = compute(ring.size - 1, block, dq)
+    dk, dv = jax.tree.map(jnp.add, arriving_gradients, share)
+    # The sums are complete: rounded now, they make the hop home to their owner in half the bytes.
+    dk, dv = rotate((dk.astype(own_block.key.dtype), dv.astype(own_block.value.dtype)), axis_name)
+    return dq, dk, dv
+
+
+def _differentiate_in_place(
+    compute: Callable[..., tuple[Array, Any]],
+    ring: "RingMasks",
+    axis_name: AxisName,
+    own_block: Block,
+    dq: Array,
+    zero: Float32[Array, ""],
+) -> tuple[Array, Array, Array]:
+    """The same where one kernel computes all three gradients and adds them to what it is given.
+
+    Each block has two sums of every second rank's shares. While a step's kernel adds to the one, the other, which the
+    step before has added to, makes two hops in one to the rank that holds the same block after this step. So no sum
+    waits for a kernel and no kernel for a sum, and nothing is added between them.
+    """
+    shape = (own_block.key.shape[0], 2, *own_block.key.shape[1:])
+    # Half of the own block is left for last: there is a kernel under the last sum's hop home.
+    late_keys = _inner_half(own_block.key.shape[1])
+
+    def compute_and_pass_on(step: Step, carry: Carry) -> Carry:
+        arriving = rotate(carry.block, axis_name)
+        arriving_sums = rotate(carry.sums_before, axis_name, by=2)
+        dq, sums = compute(step, carry.block, carry.dq, carry.sums)
+        return Carry(*lax.optimization_barrier((arriving, arriving_sums, sums, dq)))
+
+    arriving = rotate(own_block, axis_name)
+    dq, sums = compute(0, own_block, dq, jnp.broadcast_to(zero, shape), hidden_keys=late_keys)
+    arriving, sums, dq, zero = lax.optimization_barrier((arriving, sums, dq, zero))
+    carry = Carry(arriving, jnp.broadcast_to(zero, shape), sums, dq)
+    loop_steps = 6 if ring.is_loop else None
+    block, sums, sums_before, dq = _repeat(compute_and_pass_on, carry, last=ring.size - 1, loop_steps=loop_steps)
+    at_home = rotate(sums_before, axis_name, by=2)
+    dq, sums = compute(ring.size - 1, block, dq, sums)
+    at_home, sums, dq = lax.optimization_barrier((at_home, sums, dq))
+    arriving_sums = rotate(sums, axis_name)
+    dq, at_home = compute(0, own_block, dq, at_home, hidden_keys=~late_keys)
+    # What is left to do with dQ comes after the hop, under which there is a kernel.
+    arriving_sums, at_home, dq = lax.optimization_barrier((arriving_sums, at_home, dq))
+    sums = arriving_sums + at_home
+    return dq, sums[:, 0], sums[:, 1]
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -184,22 +235,24 @@ def _inner_half(shard_len: int) -> Bool[Array, " T"]:
     return (index >= quarter) & (index < shard_len - quarter)
 
 
-def _repeat[C](step_fn: Callable[[Step, C], C], carry: C, *, last: int, as_loop: bool) -> C:
+def _repeat[C](step_fn: Callable[[Step, C], C], carry: C, *, last: int, loop_steps: int | None) -> C:
     """Runs the steps 1 to `last - 1`: written out one by one, or in a loop where that would compile too long.
 
-    An iteration of the loop makes two hops, out of one pair of buffers and back into it: with one hop XLA would have to
-    copy the keys and values that arrived into the loop's own buffers at every step.
+    An iteration of the loop takes as many steps as bring arrays back into the buffers that they were in: XLA would have
+    to copy what arrived into the loop's own buffers otherwise. Keys and values take two steps, out of one pair of
+    buffers and back into it, and the backward ring's sums, of which two are kept and one arrives, three.
     """
     first = 1
-    if as_loop:
-        pairs = (last - first) // 2
+    if loop_steps is not None:
+        iterations = (last - first) // loop_steps
 
-        def two_steps(pair: Int32[Array, ""], carry: C) -> C:
-            step = first + 2 * pair
-            return step_fn(step + 1, step_fn(step, carry))
+        def several_steps(iteration: Int32[Array, ""], carry: C) -> C:
+            for i in range(loop_steps):
+                carry = step_fn(first + loop_steps * iteration + i, carry)
+            return carry
 
-        carry = lax.fori_loop(0, pairs, two_steps, carry)
-        first += 2 * pairs
+        carry = lax.fori_loop(0, iterations, several_steps, carry)
+        first += loop_steps * iterations
     for step in range(first, last):
         carry = step_fn(step, carry)
     return carry

@@ -26,10 +26,15 @@ CPU = Target("cpu", "cpu")
 
 
 @pytest.mark.parametrize(
-    ("layout", "as_loop", "segments"),
-    [("zigzag", False, "packed"), ("zigzag", False, "none"), ("striped", False, "none"), ("striped", True, "packed")],
+    ("layout", "as_loop", "segments", "in_place"),
+    [
+        ("zigzag", False, "packed", False),
+        ("zigzag", False, "none", True),
+        ("striped", False, "none", False),
+        ("striped", True, "packed", True),
+    ],
 )
-def test_replayed_ranks_equal_the_oracle(layout, as_loop, segments, monkeypatch):
+def test_replayed_ranks_equal_the_oracle(layout, as_loop, segments, in_place, monkeypatch):
     """Written out step by step, and as the loop that more than 16 steps are."""
     if as_loop:
         monkeypatch.setattr(replay_module, "MAX_UNROLLED_STEPS", 0)
@@ -53,8 +58,9 @@ def test_replayed_ranks_equal_the_oracle(layout, as_loop, segments, monkeypatch)
         replay = Replay(shards, rank, layout)
         out, lse = replay_forward(kernel, replay, query[rank], keys, values, ids)
         rank_dq, shares = replay_backward(
-            kernel, replay, query[rank], keys, values, out, lse, d_out[rank], segment_ids=ids
+            kernel, replay, query[rank], keys, values, out, lse, d_out[rank], segment_ids=ids, in_place=in_place
         )
+        shares = [(s[:, 0], s[:, 1]) for s in shares] if in_place else shares
         output, dq = [*output, out], [*dq, rank_dq]
         dk, dv = dk + jnp.stack([s[0] for s in shares]), dv + jnp.stack([s[1] for s in shares])
     for name, got in (("output", jnp.stack(output)), ("dq", jnp.stack(dq)), ("dk", dk), ("dv", dv)):

@@ -101,7 +101,7 @@ def test_asks_jax_for_cudnn_with_the_right_mask(is_causal, name):
 
     def step(q, k, out, lse):
         state = cudnn.forward(q, k, k, AttentionState(out, lse), mask, scale=0.125)
-        return state, cudnn.backward(q, k, k, q, lse, lse, out, mask, scale=0.125)
+        return state, cudnn.backward(q, k, k, q, lse, lse, out, None, mask, scale=0.125)
 
     text = jax.jit(step).trace(q, k, out, lse).lower(lowering_platforms=("cuda",)).as_text()
     assert set(re.findall(r"__cudnn\$\w+", text)) == {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}

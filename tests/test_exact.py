@@ -288,9 +288,15 @@ def test_any_shape(data):
     _assert_exact_anywhere(inputs._replace(segment_ids=ids), np.arange(case.seq_len), shards, case.is_causal)
 
 
-def test_ring_too_long_to_write_out_is_the_same(monkeypatch):
-    """Long rings are a loop of two hops a turn, here over six steps forward and five backward: the same bits."""
-    shards = 7
+@pytest.mark.parametrize("in_place", [False, True])
+def test_ring_too_long_to_write_out_is_the_same(monkeypatch, in_place):
+    """Long rings are a loop of two hops a turn, here over six steps forward and five or six backward: the same bits.
+
+    Backward, where kernels add in place, it is six hops a turn.
+    """
+    shards = 8 if in_place else 7
+    monkeypatch.setattr(ring.kernels, "has_fused_backward", lambda *_: in_place)
+    jax.clear_caches()
     inputs = make_inputs(Case(2, 10 * shards, 2, 1, 8, "float32", segments="packed"), seed=shards)
     arguments = inputs, jnp.arange(10 * shards, dtype=jnp.int32)
     written_out = _attend_anywhere.trace(*arguments, shards=shards, is_causal=True)

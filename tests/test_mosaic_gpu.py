@@ -132,13 +132,13 @@ def test_keys_beyond_the_end_give_no_gradient_where_all_scores_are_low(dtype):
     mask = BlockMask(positions, positions, None, None, is_causal=True)
     state = xla.forward(query, key, value, None, mask, scale=head_dim**-0.5, is_last=True)
     delta = jnp.einsum("btnh,btnh->bnt", *(x.astype(jnp.float32) for x in (d_out, state.output)))
-    args = query, key, value, d_out, state.lse, delta, jnp.zeros(shape, jnp.float32), mask
+    args = query, key, value, d_out, state.lse, delta, jnp.zeros(shape, jnp.float32), None, mask
     want = xla.backward(*args, scale=head_dim**-0.5, is_only=True)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         found = mosaic_gpu.backward(*args, scale=head_dim**-0.5, is_only=True)
         found = found._replace(dq=mosaic_gpu.finished_d_query(found.dq, scale=head_dim**-0.5))
     assert state.lse.max() < -10
-    for gradient, exact in zip(found, want, strict=True):
+    for gradient, exact in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
         largest = jnp.abs(exact).max()
         np.testing.assert_allclose(gradient / largest, exact / largest, atol=0.02)
 
@@ -251,19 +251,20 @@ def test_backward_with_shared_key_tiles_compiles_without_spills(head_dim, kind):
     def array(shape, dtype=jnp.bfloat16) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    def run(query, key, value, d_out, lse, delta, dq, q_positions, k_positions, block):
+    def run(query, key, value, d_out, lse, delta, dq, sums, q_positions, k_positions, block):
         block = block if kind == "of several blocks" else None
         mask = BlockMask(q_positions, k_positions, None, None, is_causal=is_even, is_even=is_even, block=block)
-        args = query, key, value, d_out, lse, delta, dq, mask
+        args = query, key, value, d_out, lse, delta, dq, sums if is_even else None, mask
         return mosaic_gpu.backward(*args, scale=head_dim**-0.5, is_only=not is_even)
 
     query, key = array((1, tokens, heads, head_dim)), array((1, tokens, kv_heads, head_dim))
     of_rows, k_shape = array((1, heads, tokens), jnp.float32), (8, tokens) if kind == "of several blocks" else (tokens,)
+    sums = array((1, 2, *key.shape[1:]), jnp.float32)
     args = (
-        *(query, key, key, query, of_rows, of_rows, array(query.shape, jnp.float32)),
+        *(query, key, key, query, of_rows, of_rows, array(query.shape, jnp.float32), sums),
         *(array((tokens,), jnp.int32), array(k_shape, jnp.int32), array((), jnp.int32)),
     )
-    compiled, usage = compile_mosaic(jax.jit(run, donate_argnums=6), *args)
+    compiled, usage = compile_mosaic(jax.jit(run, donate_argnums=(6, 7) if is_even else 6), *args)
     assert [use for use in usage if use.spills or use.serialized] == []
     places = [int(n) for n in re.findall(rf"f32\[(\d+),2,2,64,{head_dim}\]", compiled.as_text() or "")]
     assert places, "no key tile is shared"
@@ -274,7 +275,7 @@ def test_backward_with_shared_key_tiles_compiles_without_spills(head_dim, kind):
     memory = compiled.memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes < 1.05 * places[0] * 4 * 4 * 64 * head_dim
-    assert memory.alias_size_in_bytes == 4 * math.prod(query.shape)
+    assert memory.alias_size_in_bytes == 4 * (math.prod(query.shape) + is_even * math.prod(sums.shape))
 
 
 # What the masks of the kernels that are compiled below hold.
@@ -308,9 +309,7 @@ def test_last_block_compiles_without_spills_and_writes_no_float32_output(head_di
 )
 def test_backward_compiles_for_hopper_in_place_without_spills(head_dim, backward, mask_of):
     q, k, state, mask = _shapes(head_dim, mask_of)
-    run = jax.jit(lambda *args: backward(*args, scale=0.1), donate_argnums=6)
-    args = (q, k, k, q, state.lse, state.lse, state.output, mask)
-    _check_compiled(run, args, [state.output])
+    _check_backward(backward, q, k, state, mask)
 
 
 @pytest.mark.parametrize(
@@ -319,9 +318,7 @@ def test_backward_compiles_for_hopper_in_place_without_spills(head_dim, backward
 def test_backward_spills_no_more_than_it_did(head_dim, kv_heads, mask_of, spills):
     """What is left of spills, outside of the loop of full tiles: 0 is wanted."""
     q, k, state, mask = _shapes(head_dim, mask_of, kv_heads)
-    run = jax.jit(lambda *args: mosaic_gpu.backward(*args, scale=0.1), donate_argnums=6)
-    args = (q, k, k, q, state.lse, state.lse, state.output, mask)
-    _check_compiled(run, args, [state.output], most_spills=spills)
+    _check_backward(mosaic_gpu.backward, q, k, state, mask, most_spills=spills)
 
 
 @pytest.mark.parametrize("is_only", [False, True])
@@ -331,9 +328,8 @@ def test_every_order_of_the_grid_compiles_without_spills(is_causal, many, is_onl
     monkeypatch.setattr(mosaic_gpu_split, "MULTIPROCESSORS", 64)
     monkeypatch.setattr(mosaic_gpu_choices, "_MANY_PROGRAMS", many)
     q, k, state, mask = _shapes(128)
-    run = jax.jit(lambda *args: mosaic_gpu.backward(*args, scale=0.1, is_only=is_only), donate_argnums=6)
     mask = dataclasses.replace(mask, is_causal=is_causal)
-    _check_compiled(run, (q, k, k, q, state.lse, state.lse, state.output, mask), [state.output])
+    _check_backward(mosaic_gpu.backward, q, k, state, mask, is_only=is_only)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -382,6 +378,16 @@ def _check_waits_for_values(usage: list[Usage]) -> None:
         assert found
         for loop in found:
             assert 0.7 <= loop.waits[-1] / loop.exponentials <= 0.95, loop
+
+
+def _check_backward(backward, q, k, state, mask, *, is_only: bool = False, most_spills: int = 0) -> None:
+    """Of one block, or of one whose gradients are added to sums where one kernel computes them."""
+    is_fused = backward is mosaic_gpu.backward and q.shape[3] <= mosaic_gpu.MAX_FUSED_HEAD_DIM
+    sums = jax.ShapeDtypeStruct((k.shape[0], 2, *k.shape[1:]), jnp.float32, sharding=k.sharding)
+    sums = sums if is_fused and not is_only else None
+    run = jax.jit(lambda *args: backward(*args, scale=0.1, is_only=is_only), donate_argnums=(6, 7))
+    args = (q, k, k, q, state.lse, state.lse, state.output, sums, mask)
+    _check_compiled(run, args, [state.output, *jax.tree.leaves(sums)], most_spills=most_spills)
 
 
 def _check_compiled(function, args, donated, *, most_spills: int = 0) -> list[Usage]:

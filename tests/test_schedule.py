@@ -25,7 +25,8 @@ def test_every_hop_is_hidden_and_nothing_is_copied(gpu, implementation, segments
     case = RingCase(gpu=gpu, mesh="seq=8", heads="32/8", segments=segments, implementation=implementation)
     forward, gradient = compile_ring(case)
     assert forward.schedule.num_permutes == 2 * hops
-    assert gradient.schedule.num_permutes == 2 * 2 * hops + 2 * (hops + 1)
+    # What the Hopper kernel adds to holds dK and dV.
+    assert gradient.schedule.num_permutes == 2 * 2 * hops + (1 if implementation == "mosaic_gpu" else 2) * (hops + 1)
     assert forward.schedule.num_kernels == hops + 1
     for ring in (forward, gradient):
         assert ring.schedule.num_exposed == 0, [hop for hop in ring.schedule.hops if hop.is_exposed]
@@ -38,16 +39,16 @@ def test_every_hop_is_hidden_and_nothing_is_copied(gpu, implementation, segments
 
 @pytest.mark.parametrize(("is_causal", "sizes"), [(True, (4, 8)), (False, (3, 4))])
 def test_positions_and_tiles_are_computed_once_for_all_steps(is_causal, sizes):
-    """What a step launches is its block kernel, and backward the additions of dK and dV; the own block takes two."""
+    """What a step launches is its block kernel and nothing else, backward too; there the own block takes two."""
     case = RingCase(tokens_per_gpu=2048, is_causal=is_causal, implementation="mosaic_gpu")
     others = []
     for size in sizes:
         forward, gradient = (ring.schedule for ring in compile_ring(dataclasses.replace(case, mesh=f"seq={size}")))
         assert forward.num_kernels == size
         assert gradient.num_kernels == size + size + 1
-        additions = [m for m in gradient.others if "add" in m.opcodes and m.num_bytes >= gradient.block_bytes]
-        assert len(additions) == 2 * size
-        others.append((forward.num_others, gradient.num_others - len(additions)))
+        # The two sums of the own block's dK and dV are added up and rounded at the end.
+        assert len([m for m in gradient.others if "add" in m.opcodes and m.num_bytes >= gradient.block_bytes]) == 1
+        others.append((forward.num_others, gradient.num_others))
     assert others[0] == others[1]
     assert min(others[0]) > 0
 
@@ -75,7 +76,7 @@ def test_large_rings_compile_to_a_loop_with_the_same_guarantees():
     # No larger than twice the largest ring that is written out, however many shards there are.
     hops = MAX_UNROLLED_STEPS - 1
     assert len(forward.schedule.hops) <= 2 * (2 * hops)
-    assert len(gradient.schedule.hops) <= 2 * (2 * 2 * hops + 2 * (hops + 1))
+    assert len(gradient.schedule.hops) <= 2 * (2 * 2 * hops + (hops + 1))
 
 
 def test_the_reader_sees_exposed_hops_and_copies():

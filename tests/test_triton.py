@@ -129,7 +129,7 @@ def test_state_and_dq_are_updated_in_place(gpu):
         return triton_gpu.forward(q, q, q, AttentionState(*state), _mask(positions), scale=0.1)
 
     def backward(q, positions, dq, lse):
-        return triton_gpu.backward(q, q, q, q, lse, lse, dq, _mask(positions), scale=0.1)
+        return triton_gpu.backward(q, q, q, q, lse, lse, dq, None, _mask(positions), scale=0.1)
 
     capability = triton_gpu.compute_capability(device)
     assert capability is not None

@@ -52,7 +52,8 @@ def _block(kernel: Any, *arrays: Any) -> dict[str, jax.Array]:
     for _ in range(2):
         state = kernel.forward(query, key, value, state, mask, scale=0.3)
     dq = jnp.ones(query.shape, jnp.float32)
-    gradients = kernel.backward(query, key, value, d_out, statistics + 2, statistics + 1, dq, mask, scale=0.3)
+    sums = jnp.ones((key.shape[0], 2, *key.shape[1:]), jnp.float32)
+    gradients = kernel.backward(query, key, value, d_out, statistics + 2, statistics + 1, dq, sums, mask, scale=0.3)
     return state._asdict() | gradients._asdict()
 
 

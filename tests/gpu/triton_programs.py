@@ -56,7 +56,7 @@ def long_program(query: Any, key: Any, value: Any) -> tuple[jax.Array, jax.Array
     output, lse = state.output[:, -16:], state.lse
     delta = jnp.zeros(lse.shape)
     dq = jnp.zeros(query.shape)
-    dq = triton_gpu.backward(query, key, value, query, lse, delta, dq, mask, scale=0.1).dq
+    dq = triton_gpu.backward(query, key, value, query, lse, delta, dq, None, mask, scale=0.1).dq
     return output, lse[:, :, -16:], dq[:, -16:]
 
 
