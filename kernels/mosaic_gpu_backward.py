@@ -248,13 +248,13 @@ class _Worker:
     def rounds_early(self, is_partial: bool) -> bool:
         """Whether a step's probabilities are rounded before the turn has come, for the registers.
 
-        Tiles of 128 queries are short of these, and steps whose mask is of segment ids. Where key tiles see as much as
-        others, the full ones among the former have enough.
+        Tiles of 128 queries are short of these, and steps whose mask is of segment ids. Where no mask is causal, the
+        full ones among the former have enough.
         """
         block = self.program.block
         if block.config.q_tile == WARPGROUP_ROWS:
             return is_partial and self.has_segments
-        return is_partial or block.has_uneven_tiles or self.has_segments
+        return is_partial or block.is_causal or self.has_segments
 
     @property
     def has_segments(self) -> bool:
@@ -335,8 +335,7 @@ def differentiate(
         head_dim=head_dim,
         dtype=query.dtype,
         gradient_dtype=key.dtype if is_only else jnp.dtype(jnp.float32),
-        skips_hidden=sums is not None,
-        has_uneven_tiles=mask.has_uneven_tiles,
+        skips_hidden=sums is not None and config.q_tile == WARPGROUP_ROWS,
         is_causal=mask.is_causal,
         tiles_apart=backward_tiles_apart(mask, num_steps) if is_apart else 0,
         scale=scale,

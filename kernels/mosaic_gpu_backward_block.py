@@ -89,10 +89,9 @@ class Block:
     head_dim: int
     dtype: jnp.dtype
     gradient_dtype: jnp.dtype
-    # Whether key tiles that no query sees are left alone: what would be added is zeros.
+    # Whether key tiles that no query sees are left alone: what would be added is zeros. Where tiles are of 128 queries,
+    # registers are short of what that takes.
     skips_hidden: bool
-    # Whether key tiles may see more queries than others do, documents apart.
-    has_uneven_tiles: bool
     is_causal: bool
     # By how many query tiles programs beside each other begin apart; documents part them by themselves.
     tiles_apart: int

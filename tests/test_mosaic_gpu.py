@@ -321,6 +321,12 @@ def test_backward_spills_no_more_than_it_did(head_dim, kv_heads, mask_of, spills
     _check_backward(mosaic_gpu.backward, q, k, state, mask, most_spills=spills)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_backward_of_an_even_block_with_as_many_key_heads_compiles_without_spills(head_dim):
+    q, k, state, mask = _shapes(head_dim, kv_heads=8)
+    _check_backward(mosaic_gpu.backward, q, k, state, dataclasses.replace(mask, is_even=True))
+
+
 @pytest.mark.parametrize("is_only", [False, True])
 @pytest.mark.parametrize(("is_causal", "many"), [(False, 1024), (True, 1024), (True, 1)])
 def test_every_order_of_the_grid_compiles_without_spills(is_causal, many, is_only, monkeypatch):
