@@ -88,7 +88,7 @@ def _covering_runs() -> list[Configuration]:
         return len(pairs & missing), -sum(uses[pair] for pair in pairs)
 
     while fixed or missing:
-        start = fixed.pop(0) if fixed else next(iter(sorted(missing, key=repr)))
+        start: tuple = fixed.pop(0) if fixed else next(iter(sorted(missing, key=repr)))
         if isinstance(start[0], tuple):
             wanted = dict(start)
             start = tuple(wanted.get(i, values[0]) for i, values in enumerate(PRODUCT.values()))
