@@ -39,6 +39,11 @@ class Replay:
         """Whose block the rank holds at each step."""
         return [(self.rank - step) % self.num_shards for step in range(self.num_shards)]
 
+    @property
+    def is_loop(self) -> bool:
+        """Whether most steps are a loop, as in a ring of so many."""
+        return self.num_shards - 2 > MAX_UNROLLED_STEPS
+
     def positions(self, rank: Step, shard_len: int) -> Int32[Array, " shard_len"]:
         """Global positions of a rank's tokens."""
         check_layout(self.layout, shard_len * self.num_shards, self.num_shards)
@@ -72,7 +77,7 @@ def replay_forward(
     first, *others = replay.owners
     state = attend(None, first, is_last=not others)
     if others:
-        state, _ = _for_each(lambda state, owner: (attend(state, owner), ()), state, others[:-1])
+        state, _ = _for_each(lambda state, owner: (attend(state, owner), ()), state, others[:-1], replay.is_loop)
         state = attend(state, others[-1], is_last=True)
     return state.output, state.lse
 
@@ -95,14 +100,14 @@ def replay_backward(
 
     These are pairs or, where the kernel adds them `in_place`, arrays [B, 2, T, K, H]. They are added to what is
     `arriving`, by owner, as a ring adds them to what comes with the block; without, or where it is None, they begin
-    sums. With one shard the only share is in the key's dtype.
+    sums. In a loop nothing may arrive. With one shard the only share is in the key's dtype.
     """
+    assert not replay.is_loop or not jax.tree.leaves(arriving), "in a loop nothing arrives"
     delta = jnp.sum(d_out.astype(jnp.float32) * output.astype(jnp.float32), axis=-1).swapaxes(1, 2)
     scale, is_only = query.shape[3] ** -0.5, replay.num_shards == 1
 
     def differentiate(dq: Array, owner: Step) -> tuple[Array, Any]:
-        assert arriving is None or isinstance(owner, int), "in a loop nothing arrives"
-        given = None if arriving is None or not isinstance(owner, int) else arriving[owner]
+        given = arriving[owner] if arriving is not None and isinstance(owner, int) else None
         sums = given if in_place and not is_only else None
         if in_place and not is_only and given is None:
             # Zeros that wait for this step, as the ring's do.
@@ -117,15 +122,17 @@ def replay_backward(
 
     first, *others = replay.owners
     dq, share = differentiate(jnp.zeros(query.shape, jnp.float32), first)
-    dq, shares = _for_each(differentiate, dq, others)
+    dq, shares = _for_each(differentiate, dq, others, replay.is_loop)
     by_owner = dict(zip(replay.owners, [share, *shares], strict=True))
     dq = kernel.finished_d_query(dq, scale=scale)
     return dq.astype(query.dtype), [by_owner[owner] for owner in range(replay.num_shards)]
 
 
-def _for_each[C, Y](step_fn: Callable[[C, Step], tuple[C, Y]], carry: C, owners: list[int]) -> tuple[C, list[Y]]:
-    """Takes the carry through the steps and gives what each gave: in a loop where there are many, as in the ring."""
-    if len(owners) <= MAX_UNROLLED_STEPS:
+def _for_each[C, Y](
+    step_fn: Callable[[C, Step], tuple[C, Y]], carry: C, owners: list[int], is_loop: bool
+) -> tuple[C, list[Y]]:
+    """Takes the carry through the steps and gives what each gave."""
+    if not is_loop:
         results = []
         for owner in owners:
             carry, result = step_fn(carry, owner)

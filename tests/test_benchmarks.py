@@ -68,8 +68,12 @@ def test_replayed_ranks_equal_the_oracle(layout, as_loop, segments, in_place, mo
         assert_within_budget(natural, getattr(exact, name), getattr(baseline, name), "float32", name)
 
 
-def test_a_right_kernel_is_timed():
-    program = kernel_benchmarks.Program("xla", Case(1, 128, 4, 2, 16), Replay(2, 1))
+@pytest.mark.parametrize(("shards", "is_loop"), [(1, False), (2, False), (4, True)])
+def test_a_right_kernel_is_timed(shards, is_loop, monkeypatch):
+    if is_loop:
+        monkeypatch.setattr(replay_module, "MAX_UNROLLED_STEPS", 0)
+    program = kernel_benchmarks.Program("xla", Case(1, 128, 4, 2, 16), Replay(shards, shards - 1))
+    assert program.replay.is_loop == is_loop
     (row,) = kernel_benchmarks.measure([_candidate(program, lambda forward, backward: (forward, backward))])
     assert "failed" not in row
     assert row["forward_ms"] > 0
