@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from ring_jax.kernels import AttentionState, BlockKernel, BlockMask
 from ring_jax.layouts import EVEN_LAYOUTS, check_layout, shard_positions
-from ring_jax.ring import MAX_UNROLLED_STEPS, RingMasks, Step
+from ring_jax.ring import RingMasks, Step, is_loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Replay:
 
     @property
     def is_loop(self) -> bool:
-        """Whether most steps are a loop, as in a ring of so many."""
-        return self.num_shards - 2 > MAX_UNROLLED_STEPS
+        """Whether most steps are a loop, as in the ring."""
+        return is_loop(self.num_shards)
 
     def positions(self, rank: Step, shard_len: int) -> Int32[Array, " shard_len"]:
         """Global positions of a rank's tokens."""

@@ -258,6 +258,11 @@ def _repeat[C](step_fn: Callable[[Step, C], C], carry: C, *, last: int, loop_ste
     return carry
 
 
+def is_loop(size: int) -> bool:
+    """Whether a ring of so many devices is compiled as a loop, in which a step's number is known only at run time."""
+    return size - 2 > MAX_UNROLLED_STEPS
+
+
 @dataclasses.dataclass(frozen=True)
 class RingMasks:
     """The masks of a rank's steps: after `step` hops it holds the block of the rank `step` places before it."""
@@ -274,8 +279,7 @@ class RingMasks:
 
     @property
     def is_loop(self) -> bool:
-        """Whether the ring is compiled as a loop, in which a step's number is known only at run time."""
-        return self.size - 2 > MAX_UNROLLED_STEPS
+        return is_loop(self.size)
 
     def mask(
         self, step: Step, own_segment_ids: Int32[Array, "B T"] | None, segment_ids: Int32[Array, "B T"] | None

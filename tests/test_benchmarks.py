@@ -12,12 +12,12 @@ import pytest
 
 from benchmarks import gate, memory, mesh, mfu, ring, timing
 from benchmarks import kernels as kernel_benchmarks
-from benchmarks import replay as replay_module
 from benchmarks.cases import Case, make_inputs
 from benchmarks.gate import Gate, row_statistics
 from benchmarks.peers import PEERS, Passes
 from benchmarks.replay import Replay, replay_backward, replay_forward
 from ring_jax import kernels, layout_positions
+from ring_jax import ring as ring_module
 from ring_jax.kernels.reference import reference_attention, visible_pairs
 from ring_jax.kernels.registry import Target
 from tests.budget import assert_within_budget
@@ -37,7 +37,7 @@ CPU = Target("cpu", "cpu")
 def test_replayed_ranks_equal_the_oracle(layout, as_loop, segments, in_place, monkeypatch):
     """Written out step by step, and as the loop that more than 16 steps are."""
     if as_loop:
-        monkeypatch.setattr(replay_module, "MAX_UNROLLED_STEPS", 0)
+        monkeypatch.setattr(ring_module, "MAX_UNROLLED_STEPS", 0)
     shards, case = 3, Case(1, 96, 4, 2, 8, dtype="float32", segments=segments)
     inputs = make_inputs(case)
     order = np.asarray(layout_positions(layout, case.seq_len, shards))
@@ -71,7 +71,7 @@ def test_replayed_ranks_equal_the_oracle(layout, as_loop, segments, in_place, mo
 @pytest.mark.parametrize(("shards", "is_loop"), [(1, False), (2, False), (4, True)])
 def test_a_right_kernel_is_timed(shards, is_loop, monkeypatch):
     if is_loop:
-        monkeypatch.setattr(replay_module, "MAX_UNROLLED_STEPS", 0)
+        monkeypatch.setattr(ring_module, "MAX_UNROLLED_STEPS", 0)
     program = kernel_benchmarks.Program("xla", Case(1, 128, 4, 2, 16), Replay(shards, shards - 1))
     assert program.replay.is_loop == is_loop
     (row,) = kernel_benchmarks.measure([_candidate(program, lambda forward, backward: (forward, backward))])
