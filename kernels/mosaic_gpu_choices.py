@@ -151,5 +151,6 @@ def backward_tiles_apart(mask: BlockMask, num_steps: int) -> int:
     time: once that is more than the L2 cache holds, it costs more than it saves. `num_steps` are the query tiles of a
     program, those of all its heads together; 2 to 6 apart were within 1 % where there are few of them.
     """
-    few, many = (4, 1) if mask.has_uneven_tiles else (4, 8)
-    return many if num_steps >= 1024 else few
+    if num_steps < 1024:
+        return 4
+    return 1 if mask.has_uneven_tiles else 8
