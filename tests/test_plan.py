@@ -62,6 +62,16 @@ def test_the_peak_is_that_of_a_program_compiled_without_a_look_inside():
     assert plan.peak_memory_bytes == peak_bytes(lowered.compile().memory_analysis())
 
 
+def test_products_of_a_step_are_not_chosen_by_timing_them():
+    """Where XLA may choose between its own kernels and cuBLAS on the GPU, the memory planned here is of the former."""
+    model = dataclasses.replace(find_preset("tiny"), dtype="bfloat16", num_layers=1)
+    workload = Workload(name="tiny", model=model, seq_len=512, implementation="xla")
+    compiled = lower(workload, Cluster.of("h200", "seq=1"))[0].compile().as_text()
+    assert compiled is not None
+    assert "__cublas" in compiled
+    assert "gemm_fusion" not in compiled
+
+
 def test_the_parts_are_what_they_are_called(small):
     model = small.workload.model
     parts = small.memory.parts

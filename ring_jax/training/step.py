@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int32
 
-from ..compiler import compiler_options
+from ..compiler import step_compiler_options
 from ..data import NO_TARGET, Batch
 from ..layouts import check_layout, layout_positions
 from ..loss import cross_entropy
@@ -132,7 +132,7 @@ class TrainStep:
             NotImplementedError: the implementation asked for cannot run on this mesh.
         """
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-        options = compiler_options(self.config.mesh.devices.flat[0].platform)
+        options = step_compiler_options(self.config.mesh.devices.flat[0].platform, self.config.model.dtype)
         step = jax.jit(self._step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
         with jax.set_mesh(self.config.mesh):
             return step.lower(self.abstract_state, self.abstract_batch)
