@@ -145,15 +145,15 @@ def export_programs(folder: Path, target: Target, implementations: list[str], on
 def ours(program: Program, target: Target, artifacts: Path | None) -> Callable[..., Passes]:
     """A builder like those of `PEERS` for one of our programs, from an artifact if it has one."""
 
-    def load(kind: str, fn: Callable, donated: tuple[int, ...] = ()) -> Callable:
+    def load(kind: str, fn: Callable) -> Callable:
         path = artifacts / f"{program.name}-{kind}.bin" if artifacts else None
         if path is not None and path.exists():
-            fn = jax.export.deserialize(bytearray(path.read_bytes())).call
-        return jax.jit(fn, donate_argnums=donated)
+            return jax.export.deserialize(bytearray(path.read_bytes())).call
+        return fn
 
     def build(case: Case, query: Array, keys: Array, values: Array, d_out: Array) -> Passes:
-        forward = load("forward", program.forward(target))
-        backward = load("backward", program.backward(target), donated=(6,))
+        forward = jax.jit(load("forward", program.forward(target)))
+        backward = _Repeated.jit(load("backward", program.backward(target)))
         output, lse = forward(query, keys, values)
         return Passes(
             lambda: forward(query, keys, values),
@@ -169,14 +169,32 @@ class _Repeated:
     They are zeros the first time, and then those that it gave the last time, so that they grow with every run.
     """
 
-    def __init__(self, program: Program, backward: Callable[[list[Any]], tuple[Array, list[Any]]]):
+    def __init__(self, program: Program, backward: Callable[[list[Any]], tuple[Array, list[Any], list[Any]]]):
         self._backward = backward
         self._arriving = program.arriving(lambda sums: jnp.zeros(sums.shape, sums.dtype))
 
+    @staticmethod
+    def jit(backward: Callable[..., tuple[Array, list[Any]]]) -> Callable[..., tuple[Array, list[Any], list[Any]]]:
+        """`backward`, donated what arrives; its shares in two lists of all owners: what arrived, and what it began.
+
+        jax gives each argument's memory to the first result left of its shape, and XLA copies what is to lie in
+        another's. So what arrives comes back first, in the same order.
+        """
+
+        def run(*args: Any) -> tuple[Array, list[Any], list[Any]]:
+            dq, shares = backward(*args)
+            arrives = [x is not None for x in args[-1]]
+            arrived, begun = (
+                [x if a == is_first else None for a, x in zip(arrives, shares, strict=True)]
+                for is_first in (True, False)
+            )
+            return dq, arrived, begun
+
+        return jax.jit(run, donate_argnums=6)
+
     def __call__(self) -> tuple[Array, list[Any]]:
-        dq, shares = self._backward(self._arriving)
-        self._arriving = [None if x is None else share for x, share in zip(self._arriving, shares, strict=True)]
-        return dq, shares
+        dq, self._arriving, begun = self._backward(self._arriving)
+        return dq, [b if x is None else x for x, b in zip(self._arriving, begun, strict=True)]
 
 
 def draw(program: Program) -> tuple[Array, ...]:

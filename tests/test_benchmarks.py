@@ -81,6 +81,24 @@ def test_a_right_kernel_is_timed(shards, is_loop, monkeypatch):
     json.dumps(row)
 
 
+@pytest.mark.parametrize("rank", range(4))
+def test_sums_stay_where_they_arrive(rank):
+    """In a ring they do; where a replay gives one the place of another, copies of them are timed with its kernels."""
+    program = kernel_benchmarks.Program("xla", Case(1, 128, 4, 2, 16), Replay(4, rank))
+    arrays = kernel_benchmarks.draw(program)
+    backward = kernel_benchmarks.ours(program, CPU, None)(program.case, *arrays).backward
+    assert backward is not None
+
+    def places() -> list[int]:
+        _, shares = backward()
+        arriving = program.arriving(lambda shape: shape)
+        return [x.unsafe_buffer_pointer() for share, a in zip(shares, arriving, strict=True) if a for x in share]
+
+    first, second = places(), places()
+    assert len(first) == 6
+    assert second == first
+
+
 @pytest.mark.parametrize("wrong", ["output", "dq", "dk", "dv"])
 @pytest.mark.parametrize(("shards", "rank"), [(1, 0), (2, 1), (4, 0)])
 def test_a_wrong_kernel_is_not_timed(shards, rank, wrong):
