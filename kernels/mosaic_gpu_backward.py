@@ -28,7 +28,7 @@ from .mosaic_gpu_backward_program import Program, QueryPlace, place_and_share
 from .mosaic_gpu_choices import (
     BACKWARD_WARPGROUPS,
     BackwardConfig,
-    backward_grid_order,
+    backward_grid,
     backward_splits,
     backward_tiles_apart,
 )
@@ -321,12 +321,13 @@ def differentiate(
     group = num_heads // num_kv_heads
     key_tiles = -(-key.shape[1] // config.k_tile)
     num_steps = group * -(-num_queries // config.q_tile)
-    grid = {"kv_heads": num_kv_heads, "key_tiles": key_tiles, "batch": batch}
-    order = backward_grid_order(mask.has_uneven_tiles, math.prod(grid.values()))
-    is_apart = order[0] == "kv_heads" and mask.q_segment_ids is None
+    grid = backward_grid(mask, num_kv_heads, key_tiles, batch, config)
+    heads_together = grid["kv_heads"] if "kv_groups" in grid else 0
+    # Of grouped heads taken together, programs that begin apart are slower.
+    is_apart = mask.q_segment_ids is None and (next(iter(grid)) == "kv_heads" or (heads_together > 0 and group == 1))
     splits = backward_splits(mask, num_kv_heads, key_tiles, batch, num_steps)
     if splits is not None:
-        order, grid = ("programs",), {"programs": splits.num_programs}
+        grid = {"programs": splits.num_programs}
     block = Block(
         config=config,
         num_keys=mask.k_positions.shape[-1],
@@ -337,6 +338,7 @@ def differentiate(
         gradient_dtype=key.dtype if is_only else jnp.dtype(jnp.float32),
         skips_hidden=sums is not None and config.q_tile == WARPGROUP_ROWS,
         is_causal=mask.is_causal,
+        heads_together=heads_together,
         tiles_apart=backward_tiles_apart(mask, num_steps) if is_apart else 0,
         scale=scale,
         splits=splits,
@@ -362,8 +364,8 @@ def differentiate(
         body,
         out_type=out_type,
         scratch_types=block.scratch_types(),
-        grid=tuple(grid[name] for name in order),
-        grid_names=order,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
         num_threads=BACKWARD_WARPGROUPS + 1,
         thread_name="warpgroup",
         kernel_name="ring_jax_attention_backward",

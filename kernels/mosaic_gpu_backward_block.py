@@ -93,6 +93,8 @@ class Block:
     # registers are short of what that takes.
     skips_hidden: bool
     is_causal: bool
+    # How many key heads' programs are taken side by side where that is neither one's nor all heads', else 0.
+    heads_together: int
     # By how many query tiles programs beside each other begin apart; documents part them by themselves.
     tiles_apart: int
     scale: float

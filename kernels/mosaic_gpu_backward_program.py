@@ -48,6 +48,8 @@ class Program:
     def here(cls, block: Block, inputs: Ref, dq: Ref, scratch: Scratch) -> "Program":
         if block.splits is None:
             batch, kv_head, key_tile = (lax.axis_index(name) for name in ("batch", "kv_heads", "key_tiles"))
+            if block.heads_together:
+                kv_head += lax.axis_index("kv_groups") * block.heads_together
             walk = Walk.read(inputs.ranges, inputs.mask, batch, key_tile)
             return cls(
                 *(block, inputs, dq, scratch, batch, kv_head, key_tile, walk),

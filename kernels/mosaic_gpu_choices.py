@@ -9,11 +9,12 @@ from jaxtyping import Array, Float
 
 from .contract import BlockMask
 from .mosaic_gpu_primitives import WARPGROUP_ROWS
-from .mosaic_gpu_split import SplitCosts, Splits
+from .mosaic_gpu_split import MULTIPROCESSORS, SplitCosts, Splits
 
 BACKWARD_WARPGROUPS = 2
-# Programs under a causal mask are unequal. From this many on, one head after the other is faster all the same.
-_MANY_PROGRAMS = 1024
+# Programs of unequal length for each multiprocessor: of a head where heads come one after the other, else of those that
+# are taken together.
+_ENOUGH_OF_A_HEAD, _ENOUGH_TOGETHER = 0.95, 1.9
 _BACKWARD_COSTS = SplitCosts(program=4, sharing=1)
 # Of the 50 MB of an H100's and an H200's L2 cache, what keys and values find there again.
 _L2_BYTES = 20 << 20
@@ -133,15 +134,23 @@ def default_backward_config(head_dim: int) -> BackwardConfig:
     return BackwardConfig(q_tile=128 if head_dim == 64 else 64)
 
 
-def backward_grid_order(is_uneven: bool, num_programs: int) -> tuple[str, str, str]:
-    """The grid's dims, the slowest first.
+def backward_grid(mask: BlockMask, kv_heads: int, key_tiles: int, batch: int, config: BackwardConfig) -> dict[str, int]:
+    """The grid's dims, the slowest first: programs of how many heads are taken side by side, key tile by key tile.
 
-    Programs of one head side by side share what they read. But on the diagonal of a causal mask, where programs are of
-    unequal length, the last head ends late if there are few of them.
+    Programs of one head side by side share what they read. But on the diagonal of a causal mask they are of unequal
+    length, the longest first and twice as long as they are on average: where one head's are too few for all
+    multiprocessors, the last head would end late, and as many heads are taken together as have enough. Where registers
+    are short, for documents and for tiles of 128 queries, these are all heads.
     """
-    if not is_uneven or num_programs >= _MANY_PROGRAMS:
-        return "kv_heads", "key_tiles", "batch"
-    return "key_tiles", "kv_heads", "batch"
+    of_head = key_tiles * batch
+    if not mask.has_uneven_tiles or of_head >= _ENOUGH_OF_A_HEAD * MULTIPROCESSORS:
+        return {"kv_heads": kv_heads, "key_tiles": key_tiles, "batch": batch}
+    if config.q_tile == WARPGROUP_ROWS and mask.q_segment_ids is None:
+        for together in range(2, kv_heads):
+            if kv_heads % together == 0 and together * of_head >= _ENOUGH_TOGETHER * MULTIPROCESSORS:
+                groups = kv_heads // together
+                return {"kv_groups": groups, "key_tiles": key_tiles, "kv_heads": together, "batch": batch}
+    return {"key_tiles": key_tiles, "kv_heads": kv_heads, "batch": batch}
 
 
 def backward_tiles_apart(mask: BlockMask, num_steps: int) -> int:

@@ -1,6 +1,7 @@
 """The Mosaic GPU kernels without a GPU: numbers and races in the interpreter, registers from the compiler."""
 
 import dataclasses
+import heapq
 import math
 import re
 from types import SimpleNamespace
@@ -352,24 +353,74 @@ def test_backward_of_an_even_block_with_as_many_key_heads_compiles_without_spill
 
 
 @pytest.mark.parametrize("is_only", [False, True])
-@pytest.mark.parametrize(("is_causal", "many"), [(False, 1024), (True, 1024), (True, 1)])
-def test_every_order_of_the_grid_compiles_without_spills(is_causal, many, is_only, monkeypatch):
-    """Key tiles slowest; and heads one after the other, with programs that begin with tiles apart. None is shared."""
+@pytest.mark.parametrize(
+    ("is_causal", "kv_heads", "multiprocessors", "order"),
+    [
+        (False, 2, 64, ["kv_heads", "key_tiles", "batch"]),
+        (True, 2, 64, ["key_tiles", "kv_heads", "batch"]),
+        (True, 2, 16, ["kv_heads", "key_tiles", "batch"]),
+        (True, 8, 48, ["kv_groups", "key_tiles", "kv_heads", "batch"]),
+    ],
+)
+def test_every_order_of_the_grid_compiles_without_spills(
+    is_causal, kv_heads, multiprocessors, order, is_only, monkeypatch
+):
+    """All heads together, one after the other, or some together. No program is shared."""
     monkeypatch.setattr(mosaic_gpu_split, "MULTIPROCESSORS", 64)
-    monkeypatch.setattr(mosaic_gpu_choices, "_MANY_PROGRAMS", many)
-    q, k, state, mask = _shapes(128)
+    monkeypatch.setattr(mosaic_gpu_choices, "MULTIPROCESSORS", multiprocessors)
+    q, k, state, mask = _shapes(128, kv_heads=kv_heads)
     mask = dataclasses.replace(mask, is_causal=is_causal)
+    config = mosaic_gpu_choices.default_backward_config(128)
+    assert list(mosaic_gpu_choices.backward_grid(mask, kv_heads, 32, 1, config)) == order
     _check_backward(mosaic_gpu.backward, q, k, state, mask, is_only=is_only)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_programs_that_begin_apart_agree_with_the_oracle(is_causal, monkeypatch, capfd):
     """Three tiles of keys, of which each begins its full tiles of queries at another one."""
-    monkeypatch.setattr(mosaic_gpu_choices, "_MANY_PROGRAMS", 1)
+    monkeypatch.setattr(mosaic_gpu_choices, "MULTIPROCESSORS", 1)
     case = Case(queries=456, keys=328, num_blocks=1, heads=2, kv_heads=1, head_dim=128, is_causal=is_causal)
     found = _interpreted(case, mosaic_gpu)
     assert failures(case, found) == []
     assert _races(capfd.readouterr().out) == []
+
+
+def test_backward_with_some_heads_together_agrees_with_the_oracle(monkeypatch, capfd):
+    """Two groups of two heads, and two tiles of keys, of which the last is not full."""
+    monkeypatch.setattr(mosaic_gpu_choices, "MULTIPROCESSORS", 3)
+    monkeypatch.setattr(mosaic_gpu_choices, "_ENOUGH_TOGETHER", 1)
+    case = Case(queries=136, keys=136, num_blocks=1, heads=4, kv_heads=4, head_dim=128, is_causal=True)
+    found = _interpreted(case, mosaic_gpu)
+    assert failures(case, found) == []
+    assert _races(capfd.readouterr().out) == []
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    ("key_tiles", "kv_heads", "batch", "together"),
+    [(64, 16, 1, 4), (64, 8, 1, 4), (64, 4, 1, 4), (128, 8, 1, 1), (64, 16, 2, 1), (512, 1, 1, 1), (32, 6, 1, 6)],
+)
+def test_the_last_heads_have_enough_programs_for_all_multiprocessors(key_tiles, kv_heads, batch, together, head_dim):
+    """Else the longest of them, which are twice as long as the average, end after everything else."""
+    positions = jnp.arange(8, dtype=jnp.int32)
+    mask = BlockMask(positions, positions, None, None, is_causal=True)
+    config = mosaic_gpu_choices.default_backward_config(head_dim)
+    dims = list(mosaic_gpu_choices.backward_grid(mask, kv_heads, key_tiles, batch, config).items())
+    together = together if head_dim == 128 or together == 1 else kv_heads
+    slower = dict(dims[: [name for name, _ in dims].index("key_tiles")])
+    assert kv_heads // math.prod(slower.values()) == together
+    assert math.prod(size for _, size in dims) == kv_heads * key_tiles * batch
+    assert _end(kv_heads, key_tiles, batch, together) < 1.03 or together == kv_heads
+
+
+def _end(kv_heads: int, key_tiles: int, batch: int, together: int) -> float:
+    """When the last program of a causal block ends, over when it would if all multiprocessors ended together."""
+    free = [0] * mosaic_gpu_choices.MULTIPROCESSORS
+    for _ in range(kv_heads // together):
+        for tile in range(key_tiles):
+            for _ in range(together * batch):
+                heapq.heapreplace(free, free[0] + key_tiles - tile)
+    return max(free) / (sum(free) / len(free))
 
 
 @pytest.mark.parametrize("heads_together", [1, 3])
