@@ -18,6 +18,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -48,17 +49,22 @@ class Program:
         parts = (self.implementation, self.case.label, f"{self.replay.num_shards} shards rank {self.replay.rank}")
         return "-".join(parts).replace(" ", "_")
 
+    @property
+    def kernels(self) -> ModuleType:
+        """The package of kernels that computes it."""
+        return kernels
+
     def forward(self, target: Target) -> Callable:
-        return functools.partial(replay_forward, kernels.load(self.implementation, target), self.replay)
+        return functools.partial(replay_forward, self.kernels.load(self.implementation, target), self.replay)
 
     def backward(self, target: Target) -> Callable:
-        kernel = kernels.load(self.implementation, target)
+        kernel = self.kernels.load(self.implementation, target)
         return functools.partial(replay_backward, kernel, self.replay, in_place=self.adds_in_place)
 
     @property
     def adds_in_place(self) -> bool:
         """Whether the kernel adds dK and dV to their sums."""
-        return kernels.has_fused_backward(self.implementation, self.case.head_dim)
+        return self.kernels.has_fused_backward(self.implementation, self.case.head_dim)
 
     def arriving(self, of_array: Callable[[jax.ShapeDtypeStruct], Any]) -> list[Any]:
         """What `backward` takes last: by owner, what its steps add to, but for the one or two that begin sums.

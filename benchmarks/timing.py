@@ -22,19 +22,24 @@ class Job(NamedTuple):
 
 
 def median_seconds(jobs: Sequence[Job], rest: float = 0.0) -> list[float]:
-    """Median time of one `run()` of each job in seconds, over `REPEATS` samples.
+    """Median time of one `run()` of each job in seconds, over `REPEATS` samples of `MIN_SECONDS`; see `samples`."""
+    return [statistics.median(of_job) for of_job in samples(jobs, rest, seconds=MIN_SECONDS, rounds=REPEATS)]
 
-    The jobs take turns, a sample each. All samples are about equally long, `MIN_SECONDS` or one call of the slowest,
-    and before each the device rests, `rest` seconds and at least as long as a sample: so a clock that falls with power
-    and temperature falls for all of them alike. The calls of a sample are queued back to back and waited for once:
-    launches hide under the work before them.
+
+def samples(jobs: Sequence[Job], rest: float, *, seconds: float, rounds: int) -> list[list[float]]:
+    """Times of one `run()` of each job in seconds, in as many samples.
+
+    The jobs take turns, a sample each. All samples are about equally long, `seconds` or one call of the slowest, and
+    before each the device rests, `rest` seconds and at least as long as a sample: so a clock that falls with power and
+    temperature falls for all of them alike. The calls of a sample are queued back to back and waited for once: launches
+    hide under the work before them.
     """
     once = [_one_call(job) for job in jobs]
-    seconds = max([MIN_SECONDS, *once])
+    seconds = max([seconds, *once])
     calls = [max(1, round(seconds / one)) for one in once]
     pause = max(rest, seconds) if rest else 0.0
-    rounds = [[_sample(job, n, pause) for job, n in zip(jobs, calls, strict=True)] for _ in range(REPEATS)]
-    return [statistics.median(samples) for samples in zip(*rounds, strict=True)]
+    turns = [[_sample(job, n, pause) for job, n in zip(jobs, calls, strict=True)] for _ in range(rounds)]
+    return [list(of_job) for of_job in zip(*turns, strict=True)]
 
 
 def _one_call(job: Job) -> float:

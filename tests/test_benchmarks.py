@@ -1,8 +1,10 @@
 """The benchmarks' own logic, on a CPU: a replayed rank equals the oracle, and a wrong kernel is never timed."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import gate, memory, mesh, mfu, ring, timing
+from benchmarks import gate, memory, mesh, mfu, ring, timing, turns
 from benchmarks import kernels as kernel_benchmarks
 from benchmarks.cases import Case, make_inputs
 from benchmarks.gate import Gate, row_statistics
@@ -97,6 +99,42 @@ def test_sums_stay_where_they_arrive(rank):
     first, second = places(), places()
     assert len(first) == 6
     assert second == first
+
+
+@pytest.mark.parametrize(("shards", "rank"), [(1, 0), (4, 0)])
+def test_another_checkouts_kernels_take_turns_with_ours(shards, rank, tmp_path):
+    """Theirs are called, and told from ours by their results; wrong ones are not timed."""
+    kernels_folder = tmp_path / "kernels"
+    shutil.copytree(Path(turns.__file__).parent.parent / "kernels", kernels_folder)
+    program = kernel_benchmarks.Program("xla", Case(1, 128, 4, 2, 16), Replay(shards, rank))
+    config = turns.Config(tmp_path, seconds=(0.001, 0.002), rounds=2)
+    turns.import_kernels(tmp_path, turns.OTHER)
+    rows = list(turns.compare(program, config, CPU))
+    assert [(row["direction"], row["seconds"]) for row in rows] == [
+        (direction, seconds) for direction in ("forward", "backward") for seconds in (0.001, 0.002)
+    ]
+    assert all(0 < row["lowest"] <= row["rate_over_before"] <= row["highest"] for row in rows)
+
+    with (kernels_folder / "xla.py").open("a") as file:
+        file.write("_right = forward\ndef forward(*args, scale, **options):\n")
+        file.write("    return _right(*args, scale=2 * scale, **options)\n")
+    turns.import_kernels(tmp_path, turns.OTHER)
+    with pytest.raises(ValueError, match="before: error"):
+        next(turns.compare(program, config, CPU))
+
+
+@pytest.mark.parametrize(
+    ("only", "has_kernels", "message"),
+    [
+        ("", False, "no checkout of this project"),
+        ("K7", True, "there are\nmosaic_gpu-B2_T8K"),
+        ("", True, "needs a GPU"),
+    ],
+)
+def test_what_cannot_take_turns_is_said(only, has_kernels, message, tmp_path, capsys):
+    folder = Path(turns.__file__).parent.parent if has_kernels else tmp_path
+    assert turns.main([str(folder), "--only", only]) == 2
+    assert message in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("wrong", ["output", "dq", "dk", "dv"])
