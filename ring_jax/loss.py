@@ -29,9 +29,9 @@ def cross_entropy(
 
     The mean is over tokens, weighted: `sum(weights * loss) / sum(weights)` over all sequences and all shards, so a
     document's share is its number of tokens, however it is sharded; it is 0 where all weights are 0. Each shard works
-    through its own tokens in chunks and computes the logits again for the gradients; at most
-    `[min(chunk_size, tokens / 4), vocab]` logits exist on a device. Logits and all statistics are float32; products
-    are taken in the dtype of `hidden`, and the gradient of `unembedding` is summed in float32.
+    through its own tokens in chunks; at most `[min(chunk_size, tokens / 4), vocab]` logits exist on a device. Where
+    gradients are wanted they are computed beside the loss from the same logits. Logits and all statistics are float32;
+    products are taken in the dtype of `hidden`, and the gradient of `unembedding` is summed in float32.
 
     Args:
         hidden: final hidden states, sharded or not; any token order, the same as that of `targets`.
@@ -51,65 +51,75 @@ def cross_entropy(
     _check(hidden, unembedding, targets, weights, chunk_size)
 
     def mean(hidden: Array, unembedding: Array, targets: Array, weights: Array | None) -> Float32[Array, ""]:
-        losses = map_token_shards(
-            lambda tokens, kernel: _token_losses(chunk_size, tokens[0], kernel, tokens[1]),
-            (hidden, targets.astype(jnp.int32)),
+        weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights.astype(jnp.float32)
+        total = weights.sum()
+        shares = lax.stop_gradient(weights / jnp.where(total == 0, 1, total))
+        of_shards = map_token_shards(
+            lambda tokens, kernel: _shard_loss(chunk_size, tokens[0], kernel, *tokens[1:]),
+            (hidden, targets.astype(jnp.int32), shares),
             constrain_weight(unembedding, 1, vocab_axis),
             batch_axis=batch_axis,
             seq_axis=seq_axis,
         )
-        if weights is None:
-            return losses.mean()
-        weights = lax.stop_gradient(weights.astype(jnp.float32))
-        total = jnp.where(weights == 0, 0, weights * jnp.where(weights == 0, 0, losses)).sum()
-        return total / jnp.where((weight := weights.sum()) == 0, 1, weight)
+        return of_shards.sum()
 
     return on_auto_axes(mean, PartitionSpec())(hidden, unembedding, targets, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _token_losses(
-    chunk_size: int, hidden: Float[Array, "B T D"], unembedding: Float[Array, "D vocab"], targets: Int[Array, "B T"]
-) -> Float32[Array, "B T"]:
-    """The loss of each token of one shard."""
-    return _token_losses_forward(chunk_size, hidden, unembedding, targets)[0]
+def _shard_loss(
+    chunk_size: int,
+    hidden: Float[Array, "B T D"],
+    unembedding: Float[Array, "D vocab"],
+    targets: Int[Array, "B T"],
+    shares: Float32[Array, "B T"],
+) -> Float32[Array, "1 1"]:
+    """The losses of one shard's tokens times their shares, summed; not differentiated by these."""
+    # Cast once for all chunks: in the loop it would be done, and be paid for, in each.
+    rounded = unembedding.astype(hidden.dtype)
+    chunks = (to_chunks(x, chunk_size) for x in (hidden, targets, shares))
+    losses = lax.map(lambda chunk: _chunk_loss(rounded, *chunk)[0], tuple(chunks))
+    return losses.sum().reshape(1, 1)
 
 
-def _token_losses_forward(chunk_size: int, hidden: Array, unembedding: Array, targets: Array):
-    def chunk_losses(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
-        logits = _logits(chunk[0], unembedding)
-        lse = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.where(_is_target(chunk[1], logits), logits, 0).sum(axis=-1)
-        is_valid = (chunk[1] >= 0) & (chunk[1] < logits.shape[-1])
-        return jnp.where(is_valid, lse - chosen, jnp.nan), lse
+def _shard_loss_forward(chunk_size: int, hidden: Array, unembedding: Array, targets: Array, shares: Array):
+    rounded = unembedding.astype(hidden.dtype)
 
-    chunks = to_chunks(hidden, chunk_size), to_chunks(targets, chunk_size)
-    losses, lse = lax.map(chunk_losses, chunks)
-    return from_chunks(losses, *targets.shape), (hidden, unembedding, targets, lse)
-
-
-def _token_losses_backward(chunk_size: int, residuals, d_losses: Float32[Array, "B T"]):
-    hidden, unembedding, targets, lse = residuals
-
-    def add_chunk(d_unembedding: Array, chunk: tuple[Array, ...]) -> tuple[Array, Array]:
-        x, ids, lse, d_loss = chunk
-        logits = _logits(x, unembedding)
-        d_logits = (jnp.exp(logits - lse[:, None]) - _is_target(ids, logits).astype(jnp.float32)) * d_loss[:, None]
-        d_logits = d_logits.astype(x.dtype)
-        d_x = matmul("tv,dv->td", d_logits, unembedding.astype(x.dtype)).astype(x.dtype)
-        return d_unembedding + matmul("td,tv->dv", x, d_logits), d_x
+    def add_chunk(d_unembedding: Array, chunk: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
+        loss, d_logits = _chunk_loss(rounded, *chunk)
+        d_hidden = matmul("tv,dv->td", d_logits, rounded).astype(hidden.dtype)
+        return d_unembedding + matmul("td,tv->dv", chunk[0], d_logits), (loss, d_hidden)
 
     zeros = match_varying(jnp.zeros(unembedding.shape, jnp.float32), like=(hidden, unembedding))
-    chunks = (to_chunks(hidden, chunk_size), to_chunks(targets, chunk_size), lse, to_chunks(d_losses, chunk_size))
-    d_unembedding, d_hidden = lax.scan(add_chunk, zeros, chunks)
-    return from_chunks(d_hidden, *targets.shape), d_unembedding.astype(unembedding.dtype), None
+    chunks = tuple(to_chunks(x, chunk_size) for x in (hidden, targets, shares))
+    d_unembedding, (losses, d_hidden) = lax.scan(add_chunk, zeros, chunks)
+    gradients = from_chunks(d_hidden, *targets.shape), d_unembedding.astype(unembedding.dtype)
+    return losses.sum().reshape(1, 1), gradients
 
 
-_token_losses.defvjp(_token_losses_forward, _token_losses_backward)
+def _shard_loss_backward(chunk_size: int, gradients: tuple[Array, Array], d_loss: Float32[Array, "1 1"]):
+    d_hidden, d_unembedding = ((x.astype(jnp.float32) * d_loss[0, 0]).astype(x.dtype) for x in gradients)
+    return d_hidden, d_unembedding, None, None
 
 
-def _logits(x: Float[Array, "tokens D"], unembedding: Float[Array, "D vocab"]) -> Float32[Array, "tokens vocab"]:
-    return matmul("td,dv->tv", x, unembedding.astype(x.dtype))
+_shard_loss.defvjp(_shard_loss_forward, _shard_loss_backward)
+
+
+def _chunk_loss(
+    unembedding: Float[Array, "D vocab"],
+    hidden: Float[Array, "tokens D"],
+    targets: Int[Array, " tokens"],
+    shares: Float32[Array, " tokens"],
+) -> tuple[Float32[Array, ""], Float[Array, "tokens vocab"]]:
+    """A chunk's losses times their shares, summed, and the gradient of the logits, rounded to the dtype of `hidden`."""
+    logits = matmul("td,dv->tv", hidden, unembedding)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    is_target = _is_target(targets, logits)
+    chosen = jnp.where(is_target, logits, 0).sum(axis=-1)
+    is_valid = (targets >= 0) & (targets < logits.shape[-1])
+    losses = jnp.where(shares == 0, 0, jnp.where(is_valid, lse - chosen, jnp.nan))
+    d_logits = (jnp.exp(logits - lse[:, None]) - is_target.astype(jnp.float32)) * shares[:, None]
+    return (shares * losses).sum(), d_logits.astype(hidden.dtype)
 
 
 def _is_target(ids: Int[Array, " tokens"], logits: Float32[Array, "tokens vocab"]) -> Array:

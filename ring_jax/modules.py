@@ -14,9 +14,9 @@ from jaxtyping import Array, Float, Int32
 
 from .attention import STRATEGIES, ring_attention
 from .collectives import AxisName
-from .kernels import IMPLEMENTATIONS
+from .kernels import IMPLEMENTATIONS, match_varying
 from .layouts import LAYOUTS, layout_positions
-from .precision import matmul_precision
+from .precision import matmul, matmul_precision
 from .rope import apply_rope
 from .token_shards import (
     call_on_auto_axes,
@@ -235,21 +235,53 @@ class BlockwiseMLP(nnx.Module):
             constrain_weight(weight[...], dim, self.width_axis)
             for weight, dim in ((self.gate, 1), (self.up, 1), (self.down, 0))
         )
-        run = functools.partial(_swiglu_in_chunks, chunk_size=self.chunk_size)
+        run = functools.partial(_swiglu_in_chunks, self.chunk_size)
         return map_token_shards(run, x, weights, batch_axis=self.batch_axis, seq_axis=self.seq_axis)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _swiglu_in_chunks(
-    x: Float[Array, "B T D"], weights: tuple[Array, Array, Array], *, chunk_size: int
+    chunk_size: int, x: Float[Array, "B T D"], weights: tuple[Array, Array, Array]
 ) -> Float[Array, "B T D"]:
-    @jax.checkpoint
-    def swiglu(chunk: Float[Array, "tokens D"]) -> Float[Array, "tokens D"]:
-        # Cast here, not before the scan, so that the scan sums the weights' gradients in their own dtype.
-        gate, up, down = (w.astype(x.dtype) for w in weights)
-        dot = functools.partial(jnp.dot, precision=matmul_precision(x.dtype))
-        return dot(jax.nn.silu(dot(chunk, gate)) * dot(chunk, up), down)
+    """The feed-forward of one shard's tokens, with `weights` gate, up and down."""
+    return _swiglu_in_chunks_forward(chunk_size, x, weights)[0]
 
-    return from_chunks(lax.map(swiglu, to_chunks(x, chunk_size)), *x.shape[:2])
+
+def _swiglu_in_chunks_forward(chunk_size: int, x: Array, weights: tuple[Array, Array, Array]):
+    # Cast once for all chunks: in the loop it would be done, and be paid for, in each.
+    gate, up, down = (w.astype(x.dtype) for w in weights)
+    dot = functools.partial(jnp.dot, precision=matmul_precision(x.dtype))
+
+    def feed_forward(chunk: Float[Array, "tokens D"]) -> Float[Array, "tokens D"]:
+        return dot(_silu_times(dot(chunk, gate), dot(chunk, up)), down)
+
+    return from_chunks(lax.map(feed_forward, to_chunks(x, chunk_size)), *x.shape[:2]), (x, weights)
+
+
+def _swiglu_in_chunks_backward(chunk_size: int, residuals: tuple, d_out: Float[Array, "B T D"]):
+    x, weights = residuals
+    gate, up, down = (w.astype(x.dtype) for w in weights)
+    dot = functools.partial(jnp.dot, precision=matmul_precision(x.dtype))
+
+    def add_chunk(sums: tuple[Array, ...], chunk: tuple[Array, Array]) -> tuple[tuple[Array, ...], Array]:
+        tokens, d_tokens_out = chunk
+        hidden, multiplied = jax.vjp(_silu_times, dot(tokens, gate), dot(tokens, up))
+        d_gate, d_up = multiplied(dot(d_tokens_out, down.T))
+        pairs = ((tokens, d_gate), (tokens, d_up), (hidden, d_tokens_out))
+        shares = (matmul("td,tw->dw", x, y) for x, y in pairs)
+        sums = tuple(total + share.astype(total.dtype) for total, share in zip(sums, shares, strict=True))
+        return sums, dot(d_gate, gate.T) + dot(d_up, up.T)
+
+    zeros = match_varying(tuple(jnp.zeros_like(w) for w in weights), like=(x, d_out))
+    d_weights, d_x = lax.scan(add_chunk, zeros, (to_chunks(x, chunk_size), to_chunks(d_out, chunk_size)))
+    return from_chunks(d_x, *x.shape[:2]), d_weights
+
+
+_swiglu_in_chunks.defvjp(_swiglu_in_chunks_forward, _swiglu_in_chunks_backward)
+
+
+def _silu_times(gated: Float[Array, "tokens width"], up: Float[Array, "tokens width"]) -> Float[Array, "tokens width"]:
+    return jax.nn.silu(gated) * up
 
 
 def rms_norm(features: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs, epsilon: float = 1e-5) -> nnx.RMSNorm:

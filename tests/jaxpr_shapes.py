@@ -1,4 +1,4 @@
-"""Every array shape that a traced program computes, inner programs included."""
+"""What a traced program computes, inner programs included: array shapes, and what its loops repeat."""
 
 import math
 from collections.abc import Iterator
@@ -15,6 +15,13 @@ def intermediate_shapes(closed: ClosedJaxpr) -> set[tuple[int, ...]]:
     return {tuple(shape) for shape in _shapes(closed.jaxpr)}
 
 
+def repeated(closed: ClosedJaxpr, primitive: str) -> list[tuple[int, ...]]:
+    """Shapes of what operations of that name compute within loops."""
+    return [
+        equation.outvars[0].aval.shape for equation in _in_loops(closed.jaxpr) if equation.primitive.name == primitive
+    ]
+
+
 def has_elements(shape: tuple[int, ...], *sizes: int) -> bool:
     """Whether an array of this shape holds at least the product of `sizes` elements."""
     return math.prod(shape) >= math.prod(sizes)
@@ -28,6 +35,14 @@ def _shapes(jaxpr: Jaxpr) -> Iterator[tuple[int, ...]]:
             for variable in inner.invars:
                 yield getattr(variable.aval, "shape", ())
             yield from _shapes(inner)
+
+
+def _in_loops(jaxpr: Jaxpr, *, is_loop: bool = False) -> Iterator[Any]:
+    for equation in jaxpr.eqns:
+        if is_loop:
+            yield equation
+        for inner in _jaxprs(list(equation.params.values())):
+            yield from _in_loops(inner, is_loop=is_loop or equation.primitive.name in ("scan", "while"))
 
 
 def _jaxprs(value: Any) -> Iterator[Jaxpr]:

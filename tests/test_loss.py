@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import ring_jax
 from tests.budget import assert_within_budget
-from tests.jaxpr_shapes import has_elements, intermediate_shapes
+from tests.jaxpr_shapes import has_elements, intermediate_shapes, repeated
 
 BATCH, SEQ_LEN, DIM, VOCAB = 2, 88, 16, 38
 MESHES = {
@@ -134,6 +134,27 @@ def test_large_logits_stay_finite():
     hidden, unembedding, targets, weights = _inputs()
     inputs = hidden * 1e4, unembedding, targets, weights
     _assert_equal(_chunked(*inputs), inputs)
+
+
+def test_gradients_come_from_the_logits_of_the_loss():
+    """Three products a chunk, of the logits and of both gradients; the unembedding is cast outside of the loop."""
+    inputs = hidden, unembedding, targets, _ = _inputs("bfloat16")
+    assert repeated(jax.make_jaxpr(ring_jax.cross_entropy)(hidden, unembedding, targets), "dot_general") == [
+        (44, VOCAB)
+    ]
+    program = jax.make_jaxpr(_chunked)(*inputs)
+    assert sorted(repeated(program, "dot_general")) == [(DIM, VOCAB), (44, DIM), (44, VOCAB)]
+    assert (DIM, VOCAB) not in repeated(program, "convert_element_type")
+
+
+def test_gradients_scale_with_the_cotangent():
+    hidden, unembedding, targets, weights = _inputs()
+
+    def scaled(hidden, unembedding, factor):
+        return factor * ring_jax.cross_entropy(hidden, unembedding, targets, weights=weights)
+
+    loss, gradients = jax.value_and_grad(scaled, argnums=(0, 1))(hidden, unembedding, 3.0)
+    _assert_equal((loss / 3, [g / 3 for g in gradients]), (hidden, unembedding, targets, weights))
 
 
 @pytest.mark.parametrize("name", [None, "auto"])

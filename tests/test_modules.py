@@ -17,7 +17,7 @@ import ring_jax
 from ring_jax import AttentionOptions, BlockwiseMLP, RingAttention
 from ring_jax.rope import apply_rope
 from tests.budget import assert_within_budget
-from tests.jaxpr_shapes import has_elements, intermediate_shapes
+from tests.jaxpr_shapes import has_elements, intermediate_shapes, repeated
 
 SEQ_LEN, DIM, HEADS = 32, 32, 4
 
@@ -333,6 +333,20 @@ class TestBlockwiseMLP:
         reductions = [line for line in text.splitlines() if " all-reduce(" in line]
         assert reductions
         assert not [line for line in reductions if "while/body" in line]
+
+    def test_weights_are_cast_once_for_all_chunks(self):
+        """In each chunk it would be paid for again."""
+        layer = nnx.eval_shape(lambda: BlockwiseMLP(16, 40, dtype=jnp.bfloat16, chunk_size=32, rngs=nnx.Rngs(0)))
+        graph, state = nnx.split(layer)
+        x = jax.ShapeDtypeStruct((1, 256, 16), jnp.bfloat16)
+
+        def step(state, x):
+            run = lambda state, x: (nnx.merge(graph, state)(x).astype(jnp.float32) ** 2).sum()  # noqa: E731
+            return jax.value_and_grad(run, argnums=(0, 1))(state, x)
+
+        program = jax.make_jaxpr(step)(state, x)
+        assert len(repeated(program, "dot_general")) == 3 + 8
+        assert not [shape for shape in repeated(program, "convert_element_type") if set(shape) == {16, 40}]
 
     def test_dtypes(self):
         layer = nnx.eval_shape(

@@ -35,6 +35,7 @@ for the backward pass; "attention", "feed-forward" and "loss" the working memory
 that no buffer uses at the peak."""
 
 _HOST_COLOR = 5
+_OF_OPERAND = "operand of "
 _SCOPES = (
     ("loss", ("loss",)),
     ("attention", ("attention", "_attend_by_layout")),
@@ -176,10 +177,11 @@ def _buffer_part(buffer: _Buffer, others: tuple[_Buffer, ...], op_names: Mapping
         return "saved activations"
     if dims in shapes.matrices:
         return "gathered weights"
-    # What a loop carries has no name of its own: that of the nearest instruction that fills the same place.
+    # What a loop carries has no name of its own: that of the nearest instruction that fills the same place. Nor has
+    # what XLA puts in itself, such as two products made one: that of what it reads.
     same_place = [b for b in others if b.place == buffer.place and op_names.get(b.name)]
     same_place.sort(key=lambda b: abs(b.live[0] - buffer.live[0]))
-    for name in (buffer.name, *(b.name for b in same_place)):
+    for name in (buffer.name, *(b.name for b in same_place), _OF_OPERAND + buffer.name):
         op_name = op_names.get(name, "")
         for part, scopes in _SCOPES:
             if any(re.search(rf"(?<![\w']){scope}(?![\w'])", op_name) for scope in scopes):
@@ -200,8 +202,16 @@ def _argument_names(hlo: str) -> dict[int, str]:
 
 
 def _op_names(hlo: str) -> dict[str, str]:
-    found = re.findall(r"^\s*(?:ROOT )?%?([\w.\-]+) = [^\n]*?op_name=\"([^\"]*)\"", hlo, re.MULTILINE)
-    return dict(found)
+    """The names of instructions, and for those without one, under `_OF_OPERAND` and theirs, that of what they read."""
+    names: dict[str, str] = {}
+    for instruction, rest in re.findall(r"^\s*(?:ROOT )?%?([\w.\-]+) = ([^\n]*)", hlo, re.MULTILINE):
+        if found := re.search(r'op_name="([^"]*)"', rest):
+            names[instruction] = found[1]
+            continue
+        operands = re.findall(r"%([\w.\-]+)", rest)
+        read = (names.get(operand) or names.get(_OF_OPERAND + operand) for operand in operands)
+        names[_OF_OPERAND + instruction] = next(filter(None, read), "")
+    return names
 
 
 def _allocations(assignment: str, live_ranges: str) -> list[_Allocation]:

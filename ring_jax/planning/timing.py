@@ -213,7 +213,7 @@ def _model_parts(
     again = 1 if model.remat != "none" else 0
     per_token = 2 * projections * (3 + again) + 2 * mlp * (3 + 2 / 3)
     layers = model.num_layers * per_token * tokens / split / matmul.flops
-    loss = 2 * _head_weights(model) * 4 * tokens / split / matmul.flops
+    loss = 2 * _head_weights(model) * 3 * tokens / split / matmul.flops
     passes = model.num_layers * _ELEMENTWISE_PASSES * tokens * model.model_dim * 2
     weights = model.num_layers * (projections + mlp) + (1 if model.tie_embeddings else 2) * _head_weights(model)
     # Gathered twice and reduced once, at most in float32; all of it can run beside the layers' kernels.
