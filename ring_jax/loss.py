@@ -52,8 +52,11 @@ def cross_entropy(
 
     def mean(hidden: Array, unembedding: Array, targets: Array, weights: Array | None) -> Float32[Array, ""]:
         weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights.astype(jnp.float32)
-        total = weights.sum()
-        shares = lax.stop_gradient(weights / jnp.where(total == 0, 1, total))
+        total = lax.stop_gradient(jnp.where((total := weights.sum()) == 0, 1, total))
+        # Shares of many tokens are too small for float16: there the gradients, whose cotangent may be scaled to keep
+        # them in range, are divided last.
+        divides_last = hidden.dtype == jnp.float16
+        shares = lax.stop_gradient(weights if divides_last else weights / total)
         of_shards = map_token_shards(
             lambda tokens, kernel: _shard_loss(chunk_size, tokens[0], kernel, *tokens[1:]),
             (hidden, targets.astype(jnp.int32), shares),
@@ -61,7 +64,7 @@ def cross_entropy(
             batch_axis=batch_axis,
             seq_axis=seq_axis,
         )
-        return of_shards.sum()
+        return of_shards.sum() / total if divides_last else of_shards.sum()
 
     return on_auto_axes(mean, PartitionSpec())(hidden, unembedding, targets, weights)
 

@@ -157,6 +157,21 @@ def test_gradients_scale_with_the_cotangent():
     _assert_equal((loss / 3, [g / 3 for g in gradients]), (hidden, unembedding, targets, weights))
 
 
+def test_a_scaled_loss_keeps_float16_gradients_in_range():
+    """Of 256K tokens' mean each gradient is as small as float16 goes; scaled it is as exact as float16 is."""
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.standard_normal((1, 2**18, 4)), jnp.float16)
+    unembedding = jnp.asarray(rng.standard_normal((4, 64)), jnp.float16)
+    targets = jnp.asarray(rng.integers(0, 64, (1, 2**18)), jnp.int32)
+
+    def gradient(hidden, unembedding):
+        return jax.jit(jax.grad(lambda x: 2.0**17 * ring_jax.cross_entropy(x, unembedding, targets)))(hidden)
+
+    want = np.asarray(gradient(hidden.astype(jnp.float32), unembedding.astype(jnp.float32)))
+    error = np.abs(np.asarray(gradient(hidden, unembedding), np.float32) - want).max() / np.abs(want).max()
+    assert error < 4 * np.finfo(np.float16).eps
+
+
 @pytest.mark.parametrize("name", [None, "auto"])
 def test_never_holds_the_logits_of_all_tokens(name):
     batch, seq_len, dim, vocab = 2, 512, 4, 64

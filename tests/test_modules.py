@@ -340,11 +340,10 @@ class TestBlockwiseMLP:
         graph, state = nnx.split(layer)
         x = jax.ShapeDtypeStruct((1, 256, 16), jnp.bfloat16)
 
-        def step(state, x):
-            run = lambda state, x: (nnx.merge(graph, state)(x).astype(jnp.float32) ** 2).sum()  # noqa: E731
-            return jax.value_and_grad(run, argnums=(0, 1))(state, x)
+        def loss(state, x):
+            return (nnx.merge(graph, state)(x).astype(jnp.float32) ** 2).sum()
 
-        program = jax.make_jaxpr(step)(state, x)
+        program = jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(state, x)
         assert len(repeated(program, "dot_general")) == 3 + 8
         assert not [shape for shape in repeated(program, "convert_element_type") if set(shape) == {16, 40}]
 
