@@ -28,6 +28,7 @@ from jaxtyping import Array
 
 from ring_jax import kernels
 from ring_jax.kernels.registry import Target
+from ring_jax.ring import takes_two_blocks
 
 from .cases import GRID_BENCHMARKS, KERNEL_BENCHMARKS, ONE_BLOCK, PRECISION, REPLAYS, Case
 from .gate import Gate
@@ -74,7 +75,7 @@ class Program:
         if self.replay.is_loop:
             return [None] * self.replay.num_shards
         shape = self.shapes()["sums"]
-        begun = self.replay.owners[: 2 if self.adds_in_place else 1]
+        begun = self.replay.begun if self.adds_in_place else self.replay.owners[:1]
         half = jax.ShapeDtypeStruct((shape.shape[0], *shape.shape[2:]), shape.dtype)
         each = (lambda: of_array(shape)) if self.adds_in_place else (lambda: (of_array(half), of_array(half)))
         return [None if owner in begun else each() for owner in range(self.replay.num_shards)]
@@ -107,11 +108,18 @@ def whole(implementation: str, case: Case) -> Program:
     return Program(implementation, case, Replay(layout="contiguous", is_causal=case.is_causal))
 
 
+def of_rank(implementation: str, case: Case, replay: Replay) -> Program:
+    """What a rank of a ring computes: by the blocks that the ring's steps take with this implementation."""
+    shape = replay.num_shards, case.seq_len // replay.num_shards, case.head_dim
+    takes_two = takes_two_blocks(implementation, *shape, layout=replay.layout, is_causal=case.is_causal)
+    return Program(implementation, case, dataclasses.replace(replay, takes_two=takes_two))
+
+
 def programs(implementations: list[str]) -> list[Program]:
     """Everything of ours that is timed: whole attention, and each rank's replay named in `cases.REPLAYS`."""
     plain = [whole(i, case) for case in KERNEL_BENCHMARKS for i in implementations]
     replays = [
-        Program(i, case, Replay(shards, rank, "zigzag", case.is_causal))
+        of_rank(i, case, Replay(shards, rank, "zigzag", case.is_causal))
         for case, shards in REPLAYS
         for rank in (0, shards - 1)
         for i in implementations

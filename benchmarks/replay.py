@@ -7,6 +7,7 @@ it against one kernel's own best rate. With one shard it is plain attention.
 
 import dataclasses
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
-from ring_jax.kernels import AttentionState, BlockKernel, BlockMask
+from ring_jax.kernels import AttentionState, BlockMask, Blocks, StepKernel
 from ring_jax.layouts import EVEN_LAYOUTS, check_layout, shard_positions
 from ring_jax.ring import RingMasks, Step, is_loop
 
@@ -29,6 +30,8 @@ class Replay:
     rank: int = 0
     layout: str = "zigzag"
     is_causal: bool = True
+    # Whether steps from the third on take two blocks each, as those of some kernels do (`ring.takes_two_blocks`).
+    takes_two: bool = False
 
     def __post_init__(self):
         if not 0 <= self.rank < self.num_shards:
@@ -36,8 +39,25 @@ class Replay:
 
     @property
     def owners(self) -> list[int]:
-        """Whose block the rank holds at each step."""
+        """Whose blocks the rank holds, one after the other."""
         return [(self.rank - step) % self.num_shards for step in range(self.num_shards)]
+
+    @property
+    def steps(self) -> list[tuple[int, ...]]:
+        """Whose block, or two blocks, each step takes."""
+        owners = self.owners
+        if not self.takes_two:
+            return [(owner,) for owner in owners]
+        return [(owners[0],), (owners[1],), *itertools.batched(owners[2:], 2)]
+
+    @property
+    def begun(self) -> list[int]:
+        """Of whose blocks the rank begins sums of gradients, where kernels add in place.
+
+        Each block has two sums, of every second rank's shares; where steps take two blocks also two of the ranks that
+        take it second.
+        """
+        return [self.owners[i] for i in ((0, 1, 3, 5) if self.takes_two else (0, 1)) if i < self.num_shards]
 
     @property
     def is_loop(self) -> bool:
@@ -49,17 +69,25 @@ class Replay:
         check_layout(self.layout, shard_len * self.num_shards, self.num_shards)
         return shard_positions(self.layout, rank, shard_len, self.num_shards)
 
-    def mask(self, owner: Step, shard_len: int, segment_ids: Int32[Array, "num_shards B T"] | None) -> BlockMask:
-        """The mask of the step in which the rank holds the block of `owner`, as the ring has it."""
+    def mask(
+        self, owners: Sequence[Step], shard_len: int, segment_ids: Int32[Array, "num_shards B T"] | None
+    ) -> BlockMask:
+        """The mask of the step that takes the block of the owner, or of two, as the ring has it."""
         positions = functools.partial(self.positions, shard_len=shard_len)
         is_even = self.layout in EVEN_LAYOUTS
-        masks = RingMasks(self.num_shards, self.rank, positions, self.is_causal, is_even=is_even)
-        ids = (None, None) if segment_ids is None else (segment_ids[self.rank], segment_ids[owner])
-        return masks.mask((self.rank - owner) % self.num_shards, *ids)
+        masks = RingMasks(
+            self.num_shards, self.rank, positions, self.is_causal, is_even=is_even, takes_two=self.takes_two
+        )
+        step = (self.rank - owners[0]) % self.num_shards
+        if len(owners) > 1:
+            assert isinstance(step, int)
+            return masks.mask_of_two(step)
+        ids = (None, None) if segment_ids is None else (segment_ids[self.rank], segment_ids[owners[0]])
+        return masks.mask(step, *ids)
 
 
 def replay_forward(
-    kernel: BlockKernel,
+    kernel: StepKernel,
     replay: Replay,
     query: Float[Array, "B T N H"],
     keys: Float[Array, "num_shards B T K H"],
@@ -69,21 +97,21 @@ def replay_forward(
     """The rank's output in the query's dtype and its logsumexp, as the ring computes them."""
     scale = query.shape[3] ** -0.5
 
-    def attend(state: AttentionState | None, owner: Step, is_last: bool = False) -> AttentionState:
-        mask = replay.mask(owner, query.shape[1], segment_ids)
-        state = kernel.forward(query, keys[owner], values[owner], state, mask, scale=scale, is_last=is_last)
-        return lax.optimization_barrier(state)
+    def attend(state: AttentionState | None, owners: Sequence[Step], is_last: bool = False) -> AttentionState:
+        mask = replay.mask(owners, query.shape[1], segment_ids)
+        blocks = _of_owners(keys, owners), _of_owners(values, owners)
+        return lax.optimization_barrier(kernel.forward(query, *blocks, state, mask, scale=scale, is_last=is_last))
 
-    first, *others = replay.owners
+    first, *others = replay.steps
     state = attend(None, first, is_last=not others)
     if others:
-        state, _ = _for_each(lambda state, owner: (attend(state, owner), ()), state, others[:-1], replay.is_loop)
+        state, _ = _for_each(lambda state, owners: (attend(state, owners), ()), state, others[:-1], replay.is_loop)
         state = attend(state, others[-1], is_last=True)
     return state.output, state.lse
 
 
 def replay_backward(
-    kernel: BlockKernel,
+    kernel: StepKernel,
     replay: Replay,
     query: Float[Array, "B T N H"],
     keys: Float[Array, "num_shards B T K H"],
@@ -106,37 +134,47 @@ def replay_backward(
     delta = jnp.sum(d_out.astype(jnp.float32) * output.astype(jnp.float32), axis=-1).swapaxes(1, 2)
     scale, is_only = query.shape[3] ** -0.5, replay.num_shards == 1
 
-    def differentiate(dq: Array, owner: Step) -> tuple[Array, Any]:
-        given = arriving[owner] if arriving is not None and isinstance(owner, int) else None
-        sums = given if in_place and not is_only else None
-        if in_place and not is_only and given is None:
+    def differentiate(dq: Array, owners: Sequence[Step]) -> tuple[Array, tuple[Any, ...]]:
+        given = [None if arriving is None or not isinstance(owner, int) else arriving[owner] for owner in owners]
+        sums: Any = None
+        if in_place and not is_only:
             # Zeros that wait for this step, as the ring's do.
             zero, dq = lax.optimization_barrier((jnp.zeros((), jnp.float32), dq))
-            sums = jnp.broadcast_to(zero, (keys.shape[1], 2, *keys.shape[2:]))
-        mask = replay.mask(owner, query.shape[1], segment_ids)
-        arrays = (query, keys[owner], values[owner], d_out, lse, delta, dq, sums)
-        dq, share = kernel.backward(*arrays, mask, scale=scale, is_only=is_only)
-        if given is not None and not in_place:
-            share = jax.tree.map(jnp.add, given, share)
-        return lax.optimization_barrier((dq, share))
+            zeros = jnp.broadcast_to(zero, (keys.shape[1], 2, *keys.shape[2:]))
+            sums = tuple(zeros if x is None else x for x in given)
+            sums = sums if len(sums) > 1 else sums[0]
+        mask = replay.mask(owners, query.shape[1], segment_ids)
+        arrays = (query, _of_owners(keys, owners), _of_owners(values, owners), d_out, lse, delta, dq, sums)
+        dq, shares = kernel.backward(*arrays, mask, scale=scale, is_only=is_only)
+        shares = shares if len(owners) > 1 else (shares,)
+        if not in_place:
+            shares = tuple(s if x is None else jax.tree.map(jnp.add, x, s) for x, s in zip(given, shares, strict=True))
+        return lax.optimization_barrier((dq, shares))
 
-    first, *others = replay.owners
-    dq, share = differentiate(jnp.zeros(query.shape, jnp.float32), first)
-    dq, shares = _for_each(differentiate, dq, others, replay.is_loop)
-    by_owner = dict(zip(replay.owners, [share, *shares], strict=True))
+    first, *others = replay.steps
+    dq, shares = differentiate(jnp.zeros(query.shape, jnp.float32), first)
+    dq, more = _for_each(differentiate, dq, others, replay.is_loop)
+    by_owner = dict(zip(replay.owners, itertools.chain(shares, *more), strict=True))
     dq = kernel.finished_d_query(dq, scale=scale)
     return dq.astype(query.dtype), [by_owner[owner] for owner in range(replay.num_shards)]
 
 
+def _of_owners(blocks: Float[Array, "num_shards B T K H"], owners: Sequence[Step]) -> Blocks:
+    """The keys or values of one block, or of two."""
+    if len(owners) == 1:
+        return blocks[owners[0]]
+    return blocks[owners[0]], blocks[owners[1]]
+
+
 def _for_each[C, Y](
-    step_fn: Callable[[C, Step], tuple[C, Y]], carry: C, owners: list[int], is_loop: bool
+    step_fn: Callable[[C, Sequence[Step]], tuple[C, Y]], carry: C, steps: list[tuple[int, ...]], is_loop: bool
 ) -> tuple[C, list[Y]]:
-    """Takes the carry through the steps and gives what each gave."""
+    """Takes the carry through the steps and gives what each gave. In a loop a step's owner is an array."""
     if not is_loop:
         results = []
-        for owner in owners:
-            carry, result = step_fn(carry, owner)
+        for owners in steps:
+            carry, result = step_fn(carry, owners)
             results.append(result)
         return carry, results
-    carry, stacked = lax.scan(step_fn, carry, jnp.asarray(owners, jnp.int32))
-    return carry, [jax.tree.map(operator.itemgetter(i), stacked) for i in range(len(owners))]
+    carry, stacked = lax.scan(lambda c, owners: step_fn(c, (owners[0],)), carry, jnp.asarray(steps, jnp.int32))
+    return carry, [jax.tree.map(operator.itemgetter(i), stacked) for i in range(len(steps))]

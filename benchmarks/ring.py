@@ -31,7 +31,7 @@ from ring_jax.training.config import parse_seq_len
 
 from .cases import Case
 from .gate import Gate
-from .kernels import Program
+from .kernels import Program, of_rank
 from .peers import Passes
 from .processes import CPU_DEVICES
 from .replay import Replay
@@ -71,7 +71,7 @@ class Ring:
         """What a rank computes, by the kernel that the ring chooses for its GPU."""
         target = kernels.Target.of_device(self.mesh.devices.flat[rank])
         chosen = kernels.choose(None, kernels.Need(target, self.case.dtype, self.case.head_dim))
-        return Program(chosen, self.case, Replay(self.num_shards, rank, self.layout, self.case.is_causal))
+        return of_rank(chosen, self.case, Replay(self.num_shards, rank, self.layout, self.case.is_causal))
 
     @functools.cached_property
     def arrays(self) -> tuple[Array, Array, Array, Array]:

@@ -23,6 +23,7 @@ import ring_jax
 from ring_jax import kernels
 from ring_jax.cluster import Schedule, compile_only_devices, read_schedule
 from ring_jax.mesh import parse_mesh
+from ring_jax.ring import takes_two_blocks
 
 GIB = 2**30
 
@@ -61,6 +62,11 @@ class RingCase:
     @property
     def shape(self) -> dict[str, int]:
         return parse_mesh(self.mesh)
+
+    def chosen(self, device: Any) -> str:
+        """The implementation for such devices."""
+        need = kernels.Need(kernels.Target.of_device(device), self.dtype, self.head_dim)
+        return kernels.choose(self.implementation, need)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +111,14 @@ def compile_ring(case: RingCase) -> tuple[CompiledRing, CompiledRing]:
 
     options = ring_jax.compiler_options("gpu")
     jit = functools.partial(jax.jit, compiler_options=options)
-    hops = shape["seq"] - 1
+    hops, chosen = shape["seq"] - 1, case.chosen(devices[0])
+    ring = chosen, shape["seq"], case.tokens_per_gpu, case.head_dim
+    takes_two = takes_two_blocks(*ring, layout=case.layout, is_causal=case.is_causal)
+    held = 2 if takes_two and not case.segments else 1
     key_bytes, id_bytes = _device_bytes(k), 0 if ids is None else _device_bytes(ids)
     block_sent = hops * (2 * key_bytes + id_bytes)
     # dK and dV travel in float32, and make one hop more than K and V: home to their owner, rounded if complete.
-    is_complete = not kernels.has_fused_backward(_implementation(case, devices[0]), case.head_dim)
+    is_complete = not kernels.has_fused_backward(chosen, case.head_dim)
     gradients_sent = 2 * (_device_bytes(k, 4) * hops + (key_bytes if is_complete else _device_bytes(k, 4)))
 
     def compiled(name: str, fn: Callable, arguments: tuple, necessary_bytes: int, sent: int) -> CompiledRing:
@@ -121,12 +130,12 @@ def compile_ring(case: RingCase) -> tuple[CompiledRing, CompiledRing]:
         return CompiledRing(name, schedule, memory.temp_size_in_bytes, necessary_bytes, sent)
 
     return (
-        compiled("forward", forward, (q, k, k, ids), _necessary_forward(q, k), block_sent),
+        compiled("forward", forward, (q, k, k, ids), _necessary_forward(q, k, held), block_sent),
         compiled(
             "gradient",
             gradient,
             (q, k, k, ids, q),
-            _necessary_backward(q, k),
+            _necessary_backward(q, k, held),
             2 * block_sent + (gradients_sent if hops else 0),
         ),
     )
@@ -147,23 +156,19 @@ def _arguments(
     return q, k, ids
 
 
-def _implementation(case: RingCase, device: Any) -> str:
-    need = kernels.Need(kernels.Target.of_device(device), case.dtype, case.head_dim)
-    return kernels.choose(case.implementation, need)
-
-
 def _device_bytes(x: jax.ShapeDtypeStruct, itemsize: int | None = None) -> int:
     return math.prod(x.sharding.shard_shape(x.shape)) * (itemsize or x.dtype.itemsize)
 
 
-def _necessary_forward(q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct) -> int:
-    """Float32 output, two K/V buffers, logsumexp."""
-    return _device_bytes(q, 4) + 2 * 2 * _device_bytes(k) + _row_bytes(q)
+def _necessary_forward(q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct, held: int) -> int:
+    """Float32 output, two K/V buffers for each block that a step holds, logsumexp."""
+    return _device_bytes(q, 4) + held * 2 * 2 * _device_bytes(k) + _row_bytes(q)
 
 
-def _necessary_backward(q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct) -> int:
-    """Float32 dQ, the saved output, two K/V and two float32 dK/dV buffers, logsumexp and delta."""
-    return _device_bytes(q, 4) + _device_bytes(q) + 2 * 2 * (_device_bytes(k) + _device_bytes(k, 4)) + 2 * _row_bytes(q)
+def _necessary_backward(q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct, held: int) -> int:
+    """Float32 dQ, the saved output, for each block two K/V and two float32 dK/dV buffers, logsumexp and delta."""
+    of_blocks = held * 2 * 2 * (_device_bytes(k) + _device_bytes(k, 4))
+    return _device_bytes(q, 4) + _device_bytes(q) + of_blocks + 2 * _row_bytes(q)
 
 
 def _row_bytes(q: jax.ShapeDtypeStruct) -> int:

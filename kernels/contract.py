@@ -83,15 +83,21 @@ class BlockMask:
         )
 
 
+# The keys or the values of a step: of one block, or of two that are taken at once.
+type Blocks = Float[Array, "B S K H"] | tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
+# Sums of dK and dV, of each of the step's blocks.
+type Sums = Float32[Array, "B 2 S K H"] | tuple[Float32[Array, "B 2 S K H"], Float32[Array, "B 2 S K H"]]
+
+
 class Gradients(NamedTuple):
     """Gradients after one block: `dq` is the given `dq` plus this block's share, and `sums` the given `sums` plus its.
 
-    `sums` holds dK and dV. Where none were given they are a new pair of this block's: float32, or in the key's dtype
-    if the block is the only one.
+    `sums` holds dK and dV, of two blocks those of each. Where none were given they are a new pair of this block's:
+    float32, or in the key's dtype if the block is the only one.
     """
 
     dq: Float32[Array, "B T N H"]
-    sums: Float32[Array, "B 2 S K H"] | tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
+    sums: Sums | tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
 
     @property
     def dk(self) -> Float[Array, "B S K H"]:
@@ -105,7 +111,7 @@ class Gradients(NamedTuple):
 
 
 class BlockKernel(Protocol):
-    """What a module in this folder offers to be an implementation.
+    """What a module in this folder offers to be an implementation; one that can takes two blocks too, see `StepKernel`.
 
     `scale` multiplies query-key products. Inputs `query`, `key`, `value`, `d_out` share one dtype (float32, bfloat16,
     float16); all statistics and accumulators are float32, and float32 inputs are multiplied in float32, never TF32.
@@ -157,6 +163,50 @@ class BlockKernel(Protocol):
 
     def finished_d_query(self, dq: Float32[Array, "B T N H"], *, scale: float) -> Float32[Array, "B T N H"]:
         """The gradient of the queries, from the `dq` that `backward` has added the shares of all blocks to."""
+        ...
+
+
+class StepKernel(Protocol):
+    """A block kernel that takes two blocks at once too, as steps of some rings do: what `registry.load` gives.
+
+    Keys, values and sums are then pairs, and the mask has no segment ids and the key positions of both blocks, in the
+    order of `two_blocks.folded`. `registry.takes_two_blocks` says where that is faster.
+    """
+
+    def forward(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Blocks,
+        value: Blocks,
+        state: AttentionState | None,
+        mask: BlockMask,
+        *,
+        scale: float,
+        is_last: bool = False,
+    ) -> AttentionState:
+        """Like `BlockKernel.forward`."""
+        ...
+
+    def backward(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Blocks,
+        value: Blocks,
+        d_out: Float[Array, "B T N H"],
+        lse: Float32[Array, "B N T"],
+        delta: Float32[Array, "B N T"],
+        dq: Float32[Array, "B T N H"],
+        sums: Sums | None,
+        mask: BlockMask,
+        *,
+        scale: float,
+        is_only: bool = False,
+    ) -> Gradients:
+        """Like `BlockKernel.backward`. Of two blocks `sums` are given."""
+        ...
+
+    def finished_d_query(self, dq: Float32[Array, "B T N H"], *, scale: float) -> Float32[Array, "B T N H"]:
+        """Like `BlockKernel.finished_d_query`."""
         ...
 
 

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from .contract import AttentionState, BlockMask, Gradients
+from .contract import AttentionState, BlockMask, Blocks, Gradients, Sums
 from .mosaic_gpu_backward import differentiate, in_order
 from .mosaic_gpu_choices import default_backward_config, default_forward_config
+from .mosaic_gpu_choices import takes_two_blocks as takes_two_blocks
 from .mosaic_gpu_forward import attend
 from .mosaic_gpu_two_pass import differentiate_keys, differentiate_queries
 
@@ -49,8 +50,8 @@ def unsupported_reason(compute_capability: int | None, head_dim: int, dtype: jax
 
 def forward(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
+    key: Blocks,
+    value: Blocks,
     state: AttentionState | None,
     mask: BlockMask,
     *,
@@ -65,22 +66,23 @@ def forward(
     _refuse(query, scale)
     num_queries, head_dim = query.shape[1], query.shape[3]
     columns = _round_up(head_dim, 32)
-    query, key, value = (_pad(x, columns) for x in (query, key, value))
+    query = _pad(query, columns)
+    keys, values = (tuple(_pad(x, columns) for x in _as_tuple(blocks)) for blocks in (key, value))
     padded = None if state is None else AttentionState(_pad(state.output, columns), state.lse)
     config = default_forward_config(columns, has_segments=mask.q_segment_ids is not None)
-    result = attend(query, key, value, padded, mask, scale=scale, is_last=is_last, config=config)
+    result = attend(query, keys, values, padded, mask, scale=scale, is_last=is_last, config=config)
     return AttentionState(result.output[:, :num_queries, :, :head_dim], result.lse)
 
 
 def backward(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
+    key: Blocks,
+    value: Blocks,
     d_out: Float[Array, "B T N H"],
     lse: Float32[Array, "B N T"],
     delta: Float32[Array, "B N T"],
     dq: Float32[Array, "B T N H"],
-    sums: Float32[Array, "B 2 S K H"] | None,
+    sums: Sums | None,
     mask: BlockMask,
     *,
     scale: float,
@@ -91,20 +93,32 @@ def backward(
     Up to head dim 128 one kernel computes all three. In it the copy engine adds the shares of `dq` in no fixed order:
     its last bits may differ between two runs. Raises NotImplementedError like `forward`.
     """
+    columns = 64 if query.shape[3] <= 64 else 128
+    config = default_backward_config(columns)
+    if isinstance(key, tuple):
+        assert isinstance(value, tuple)
+        assert isinstance(sums, tuple)
+        assert query.shape[3] == columns
+        _refuse(query, scale)
+        given = query, key, value, d_out, lse, delta, dq, sums, mask
+        dq, (first, second) = differentiate(*given, scale=scale, is_only=is_only, config=config)
+        return Gradients(dq, (first, second))
+    assert not isinstance(value, tuple)
+    assert not isinstance(sums, tuple)
     if query.shape[3] > MAX_FUSED_HEAD_DIM:
         assert sums is None
         return deterministic_backward(
             query, key, value, d_out, lse, delta, dq, None, mask, scale=scale, is_only=is_only
         )
     _refuse(query, scale)
-    columns = 64 if query.shape[3] <= 64 else 128
     inputs, padded_dq = _pad_all(query, key, value, d_out, lse, delta, dq, columns=columns)
     # The kernel's own order of columns would not survive that padding is cut off: there it begins anew.
     has_own_order = _has_own_order(query.shape[3])
     padded_dq = padded_dq if has_own_order else jnp.zeros_like(padded_dq)
-    config = default_backward_config(columns)
-    padded = None if sums is None else jax.vmap(functools.partial(_pad, columns=columns), 1, 1)(sums)
-    result = differentiate(*inputs, padded_dq, padded, mask, scale=scale, is_only=is_only, config=config)
+    padded = () if sums is None else (jax.vmap(functools.partial(_pad, columns=columns), 1, 1)(sums),)
+    given = inputs[0], inputs[1:2], inputs[2:3], *inputs[3:], padded_dq, padded, mask
+    new_dq, found = differentiate(*given, scale=scale, is_only=is_only, config=config)
+    result = Gradients(new_dq, (found[0], found[1]) if sums is None else found[0])
     if has_own_order:
         return _crop(result, query, key)
     result = _crop(result._replace(dq=in_order(result.dq, scale)), query, key)
@@ -151,6 +165,10 @@ def _refuse(query: Float[Array, "B T N H"], scale: float) -> None:
         reason = f"it needs a finite scale above 0, got {scale}, which 'xla' takes"
     if reason is not None:
         raise NotImplementedError(f"implementation 'mosaic_gpu' cannot run this: {reason}")
+
+
+def _as_tuple(blocks: Blocks) -> tuple[jax.Array, ...]:
+    return blocks if isinstance(blocks, tuple) else (blocks,)
 
 
 def _pad_all(query, key, value, d_out, lse, delta, dq, *, columns: int) -> tuple[_Inputs, jax.Array]:

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from .contract import BlockMask, Gradients
+from .contract import BlockMask
 from .mosaic_gpu_backward_block import Block, Inputs, Outputs, Scratch
-from .mosaic_gpu_backward_program import Program, QueryPlace, place_and_share
+from .mosaic_gpu_backward_program import Program, QueryPlace, keys_of, place_and_share
 from .mosaic_gpu_choices import (
     BACKWARD_WARPGROUPS,
     BackwardConfig,
@@ -100,6 +100,7 @@ class _Worker:
 
     def run(self, outputs: Outputs) -> None:
         program, scratch = self.program, self.program.scratch
+        program.note_place(self.warpgroup)
         plgpu.barrier_wait(scratch.key_ready.at[self.warpgroup])
         zero = full((WARPGROUP_ROWS, program.block.head_dim), 0)
         pl.when(self.warpgroup == 1)(self.give_turn)
@@ -144,13 +145,17 @@ class _Worker:
         for i in (1, 0):
             buffer[...] = gradient(i).astype(buffer.dtype)
             plgpu.commit_smem()
-            kv_head, keys = program.told_keys(self.warpgroup)
-            if outputs.sums is None:
+            kv_head, key_tile = program.noted_place(self.warpgroup)
+            if outputs.gradients:
                 target = outputs.gradients[i]
-                plgpu.copy_smem_to_gmem(buffer, target.at[program.batch, keys, kv_head])
+                plgpu.copy_smem_to_gmem(buffer, target.at[program.batch, keys_of(key_tile, self.warpgroup), kv_head])
             else:
                 # No other program adds to these: the same bits in every run.
-                add_to_gmem(buffer, outputs.sums, (program.batch, i), keys.start, (kv_head,))
+                def add(block: int, tile: jax.Array, i: int = i, kv_head: jax.Array = kv_head) -> None:
+                    first_row = keys_of(tile, self.warpgroup).start
+                    add_to_gmem(buffer, outputs.sums[block], (program.batch, i), first_row, (kv_head,))
+
+                program.for_block_of(key_tile, add)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def leave(self, gradients: tuple[jax.Array, jax.Array], share: Share, outputs: Outputs) -> None:
@@ -162,7 +167,7 @@ class _Worker:
         number = share.piece
         if outputs.arrivals is not None:
             arrivals, taken = outputs.arrivals.at[share.tile, self.warpgroup], self.program.scratch.numbers
-            number = take_number(arrivals, taken.at[2 + self.warpgroup], is_after_writes=True)
+            number = take_number(arrivals, taken.at[self.warpgroup, 2], is_after_writes=True)
 
         def added_up(i: int) -> jax.Array:
             def add(piece: jax.Array, total: jax.Array) -> jax.Array:
@@ -216,7 +221,9 @@ class _Worker:
             if not is_partial:
                 return result
             queries = pl.ds(tile * block.config.q_tile, block.config.q_tile)
-            _, keys = program.told_keys(self.warpgroup + hidden_zero())
+            own = self.warpgroup + hidden_zero()
+            _, key_tile = program.noted_place(own)
+            keys = keys_of(key_tile, own)
             visible = program.inputs.mask.visible(
                 program.batch, queries, keys, is_causal=block.is_causal, num_keys=block.num_keys, keys_in_rows=True
             )
@@ -299,27 +306,29 @@ class _Carry(NamedTuple):
 
 def differentiate(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
+    keys: tuple[Float[Array, "B S K H"], ...],
+    values: tuple[Float[Array, "B S K H"], ...],
     d_out: Float[Array, "B T N H"],
     lse: Float32[Array, "B N T"],
     delta: Float32[Array, "B N T"],
     dq: Float32[Array, "B T N H"],
-    sums: Float32[Array, "B 2 S K H"] | None,
+    sums: tuple[Float32[Array, "B 2 S K H"], ...],
     mask: BlockMask,
     *,
     scale: float,
     is_only: bool,
     config: BackwardConfig,
-) -> Gradients:
-    """The gradients after this block, added in place, to `dq` in no fixed order. T and S are multiples of 8.
+) -> tuple[Float32[Array, "B T N H"], tuple[Array, ...]]:
+    """dQ and the sums of each block after one block, or two at once, added in place, to `dq` in no fixed order.
 
-    Shares are added to `dq` as they lie in registers: `in_order` makes the gradient of it.
+    T and S are multiples of 8, of two blocks S of two key tiles. Without `sums` a block's dK and dV come alone. Shares
+    are added to `dq` as they lie in registers: `in_order` makes the gradient of it.
     """
     batch, num_queries, num_heads, head_dim = query.shape
-    num_kv_heads = key.shape[2]
+    num_keys, num_kv_heads = sum(key.shape[1] for key in keys), keys[0].shape[2]
+    assert len(keys) == 1 or (len(sums) == 2 and num_keys % (4 * config.k_tile) == 0)
     group = num_heads // num_kv_heads
-    key_tiles = -(-key.shape[1] // config.k_tile)
+    key_tiles = -(-num_keys // config.k_tile)
     num_steps = group * -(-num_queries // config.q_tile)
     grid = backward_grid(mask, num_kv_heads, key_tiles, batch, config)
     heads_together = grid["kv_heads"] if "kv_groups" in grid else 0
@@ -335,8 +344,8 @@ def differentiate(
         group=group,
         head_dim=head_dim,
         dtype=query.dtype,
-        gradient_dtype=key.dtype if is_only else jnp.dtype(jnp.float32),
-        skips_hidden=sums is not None and config.q_tile == WARPGROUP_ROWS,
+        gradient_dtype=keys[0].dtype if is_only else jnp.dtype(jnp.float32),
+        skips_hidden=bool(sums) and config.q_tile == WARPGROUP_ROWS,
         is_causal=mask.is_causal,
         heads_together=heads_together,
         tiles_apart=backward_tiles_apart(mask, num_steps) if is_apart else 0,
@@ -346,18 +355,16 @@ def differentiate(
     masks = MaskInputs.of(mask, config.q_tile, config.k_tile)
     ranges = query_ranges(mask, config.q_tile, config.k_tile)
     numbers = None if splits is None else splits.numbers(ranges)
-    leaves, treedef = jax.tree.flatten(Inputs(query, key, value, d_out, lse, delta, masks, ranges, numbers))
+    leaves, treedef = jax.tree.flatten(Inputs(query, keys, values, d_out, lse, delta, masks, ranges, numbers))
     out_type = block.parts_types()
-    if sums is None:
-        out_type = (*(jax.ShapeDtypeStruct(key.shape, block.gradient_dtype),) * 2, *out_type)
+    if not sums:
+        out_type = (*(jax.ShapeDtypeStruct(keys[0].shape, block.gradient_dtype),) * 2, *out_type)
 
     def body(*refs, **scratch):
         inputs, (dq_ref, *outputs) = jax.tree.unflatten(treedef, refs[: len(leaves)]), refs[len(leaves) :]
         arrivals = None if splits is None else semaphores(splits.shared, BACKWARD_WARPGROUPS)
-        if sums is None:
-            targets = Outputs(None, tuple(outputs[:2]), *outputs[2:], arrivals=arrivals)
-        else:
-            targets = Outputs(outputs[0], (), *outputs[1:], arrivals=arrivals)
+        targets, parts = tuple(outputs[: len(sums) or 2]), outputs[len(sums) or 2 :]
+        targets = Outputs(targets if sums else (), () if sums else targets, *parts, arrivals=arrivals)
         _run(Program.here(block, inputs, dq_ref, Scratch(**scratch)), targets)
 
     kernel = plgpu.kernel(
@@ -372,7 +379,7 @@ def differentiate(
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
 
-    in_place = (dq,) if sums is None else (dq, sums)
+    in_place = (dq, *sums)
 
     def run(refs):
         # Parts are kept only because the discharge of `dq` wants all of a kernel's results used.
@@ -381,7 +388,7 @@ def differentiate(
             ref[...] = x
 
     dq, *results = pl.run_state(run)((*in_place, *(jnp.empty(x.shape, x.dtype) for x in out_type)))
-    return Gradients(dq, (results[0], results[1]) if sums is None else results[0])
+    return dq, tuple(results[: len(sums) or 2])
 
 
 def in_order(dq: Float32[Array, "B T N H"], scale: float) -> Float32[Array, "B T N H"]:

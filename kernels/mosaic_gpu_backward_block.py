@@ -19,8 +19,9 @@ class Inputs(NamedTuple):
     """Arrays (outside) or references (inside) that the kernel reads."""
 
     query: Float[Array, "B T N H"]
-    key: Float[Array, "B S K H"]
-    value: Float[Array, "B S K H"]
+    # Of one block, or of two that are taken at once.
+    keys: tuple[Float[Array, "B S K H"], ...]
+    values: tuple[Float[Array, "B S K H"], ...]
     d_out: Float[Array, "B T N H"]
     lse: Float32[Array, "B N T"]
     delta: Float32[Array, "B N T"]
@@ -31,13 +32,13 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Where the gradients of keys and values go: to be added to their `sums`, or else into two arrays of their own.
+    """Where the gradients of keys and values go: added to each block's `sums`, or else into two arrays of their own.
 
     Those of key tiles whose steps are shared are left in `parts`, by each program that shares one: [place, dK or dV,
     warpgroup, keys, head dim]. `arrivals` are semaphores that count, for each warpgroup of such a tile, who has.
     """
 
-    sums: Ref | None
+    sums: tuple[Ref, ...]
     gradients: tuple[Ref, ...]
     parts: Ref | None = None
     arrivals: Ref | None = None
@@ -53,8 +54,8 @@ class Scratch(NamedTuple):
     statistics: Ref
     d_scores: Ref
     d_query: Ref
-    # The key head and the key tile, and for each warpgroup a place where the number of an arrival goes from the thread
-    # that took it to the others.
+    # For each compute warpgroup the key head and the key tile, and a place where the number of an arrival goes from the
+    # thread that took it to the others.
     numbers: Ref
     key_ready: Ref
     query_ready: Ref
@@ -121,7 +122,7 @@ class Block:
             statistics=plgpu.SMEM((stages, 2, config.q_tile), jnp.float32),
             d_scores=matrix_scratch((stages, warpgroups, WARPGROUP_ROWS, config.q_tile), self.dtype),
             d_query=matrix_scratch((warpgroups, *self.d_query_part), jnp.float32),
-            numbers=plgpu.SMEM((2 + warpgroups,), jnp.int32),
+            numbers=plgpu.SMEM((warpgroups, 3), jnp.int32),
             key_ready=plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups),
             query_ready=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             d_out_ready=plgpu.Barrier(num_arrivals=2, num_barriers=stages),

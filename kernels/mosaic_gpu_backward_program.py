@@ -1,6 +1,7 @@
 """A program of the fused backward kernel on Hopper, and the warpgroup of it that copies all that it reads."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from .mosaic_gpu_choices import BACKWARD_WARPGROUPS
 from .mosaic_gpu_masks import Walk
 from .mosaic_gpu_primitives import WARPGROUP_ROWS, Ref, slot_of
 from .mosaic_gpu_split import Numbers, Place, Share, Splits
+from .two_blocks import for_block_of_tile
 
 
 class QueryPlace(NamedTuple):
@@ -115,14 +117,26 @@ class Program:
             return jnp.int32(0), self.walk.partial, jnp.int32(0)
         return self.walk.full_start, self.walk.full_end, self.first_full
 
-    def told_keys(self, warpgroup: jax.Array) -> tuple[jax.Array, pl.Slice]:
-        """The key head, and the keys that a compute warpgroup holds, as the copying one tells it.
+    def note_place(self, warpgroup: jax.Array) -> None:
+        """Notes the key head and the key tile for `noted_place`.
 
-        If it is not the grid that tells, to know it through the loops would cost registers.
+        If it is not the grid that tells, to know them through the loops would cost registers.
         """
+        if self.is_shared:
+            numbers = self.scratch.numbers
+            numbers[warpgroup, 0], numbers[warpgroup, 1] = self.kv_head, self.key_tile
+            plgpu.commit_smem()  # For its barrier: all threads have written before any reads.
+
+    def noted_place(self, warpgroup: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The key head and the key tile, known again after the loops."""
         if not self.is_shared:
-            return self.kv_head, _keys(self.key_tile, warpgroup)
-        return self.scratch.numbers[0], _keys(self.scratch.numbers[1], warpgroup)
+            return self.kv_head, self.key_tile
+        return self.scratch.numbers[warpgroup, 0], self.scratch.numbers[warpgroup, 1]
+
+    def for_block_of(self, key_tile: jax.Array, use: Callable[[int, jax.Array], None]) -> None:
+        """Calls `use` with the block that a key tile is of, and the tile's number in it."""
+        keys = self.inputs.keys
+        for_block_of_tile(key_tile, keys[0].shape[1] // self.block.config.k_tile, len(keys), use)
 
     def slot(self, step: jax.Array) -> jax.Array:
         return slot_of(step, self.block.config.stages)
@@ -137,13 +151,14 @@ class Program:
     def produce(self) -> None:
         """The third warpgroup's part: copies keys and values once, and the query side of every step."""
         inputs, scratch = self.inputs, self.scratch
-        if self.is_shared:
-            scratch.numbers[0], scratch.numbers[1] = self.kv_head, self.key_tile
-            plgpu.commit_smem()  # For its barrier: all have written before any thread says that the keys come.
-        for warpgroup in range(BACKWARD_WARPGROUPS):
-            where, ready = (self.batch, _keys(self.key_tile, warpgroup), self.kv_head), scratch.key_ready.at[warpgroup]
-            plgpu.copy_gmem_to_smem(inputs.key.at[where], scratch.key.at[warpgroup], ready)
-            plgpu.copy_gmem_to_smem(inputs.value.at[where], scratch.value.at[warpgroup], ready)
+
+        def copy_keys(block: int, tile: jax.Array) -> None:
+            for warpgroup in range(BACKWARD_WARPGROUPS):
+                where, ready = (self.batch, keys_of(tile, warpgroup), self.kv_head), scratch.key_ready.at[warpgroup]
+                plgpu.copy_gmem_to_smem(inputs.keys[block].at[where], scratch.key.at[warpgroup], ready)
+                plgpu.copy_gmem_to_smem(inputs.values[block].at[where], scratch.value.at[warpgroup], ready)
+
+        self.for_block_of(self.key_tile, copy_keys)
 
         def copy_tiles(step: jax.Array, place: QueryPlace) -> QueryPlace:
             slot, is_partial = self.slot(step), step < self.partial_steps
@@ -171,7 +186,7 @@ def place_and_share(splits: Splits, inputs: Ref, zero: jax.Array | int = 0) -> t
     return splits.place_and_share(numbers, lax.axis_index("programs") + zero)
 
 
-def _keys(key_tile: jax.Array, warpgroup: jax.Array | int) -> pl.Slice:
+def keys_of(key_tile: jax.Array, warpgroup: jax.Array | int) -> pl.Slice:
     """The keys of a tile that a warpgroup holds."""
     return pl.ds((key_tile * BACKWARD_WARPGROUPS + warpgroup) * WARPGROUP_ROWS, WARPGROUP_ROWS)
 

@@ -16,6 +16,8 @@ BACKWARD_WARPGROUPS = 2
 # are taken together.
 _ENOUGH_OF_A_HEAD, _ENOUGH_TOGETHER = 0.95, 1.9
 _BACKWARD_COSTS = SplitCosts(program=4, sharing=1)
+# Shards of up to so many tokens are taken two at a time. At 16K the last rank gained too; the first was not timed.
+_SHORT_SHARD = 8192
 # Of the 50 MB of an H100's and an H200's L2 cache, what keys and values find there again.
 _L2_BYTES = 20 << 20
 
@@ -104,6 +106,15 @@ def forward_heads_together(mask: BlockMask, query: Float[Array, "B T N H"], key:
     in_cache = _L2_BYTES // (2 * num_keys * head_dim * key.dtype.itemsize) * (num_heads // kv_heads)
     # A smaller last group would end late.
     return max(heads for heads in range(1, all_heads + 1) if all_heads % heads == 0 and heads <= max(in_cache, 1))
+
+
+def takes_two_blocks(head_dim: int, shard_len: int) -> bool:
+    """Whether steps of a ring of such shards take two blocks: where these are short the state is much of a step.
+
+    Half of a block must be whole tiles of keys.
+    """
+    k_tiles = default_forward_config(head_dim, has_segments=False).k_tile, default_backward_config(head_dim).k_tile
+    return head_dim == 128 and shard_len <= _SHORT_SHARD and shard_len % (2 * max(k_tiles)) == 0
 
 
 @dataclasses.dataclass(frozen=True)

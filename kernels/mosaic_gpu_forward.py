@@ -293,8 +293,8 @@ def _run(program: Program) -> None:
 
 def attend(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
+    keys: tuple[Float[Array, "B S K H"], ...],
+    values: tuple[Float[Array, "B S K H"], ...],
     state: AttentionState | None,
     mask: BlockMask,
     *,
@@ -302,16 +302,19 @@ def attend(
     is_last: bool,
     config: ForwardConfig,
 ) -> AttentionState:
-    """Folds one block into `state`, in place. T and S are multiples of 8 (beyond those of `mask`: padding), H of 32.
+    """Folds one block into `state`, or two at once, in place.
 
-    None is the state before any key. With `is_last` the output comes in the query's dtype.
+    T and S are multiples of 8 (beyond those of `mask`: padding), of two blocks S of two key tiles, and H of 32. None is
+    the state before any key. With `is_last` the output comes in the query's dtype.
     """
     batch, num_queries, num_heads, head_dim = query.shape
-    row_tiles, key_tiles = -(-num_queries // config.q_tile), -(-key.shape[1] // config.k_tile)
-    group, in_place = num_heads // key.shape[2], state is not None and not is_last
+    num_keys, kv_heads = sum(key.shape[1] for key in keys), keys[0].shape[2]
+    assert len(keys) == 1 or num_keys % (4 * config.k_tile) == 0
+    row_tiles, key_tiles = -(-num_queries // config.q_tile), -(-num_keys // config.k_tile)
+    group, in_place = num_heads // kv_heads, state is not None and not is_last
     queue = Queue.of(
         *(num_heads, row_tiles, batch),
-        heads_together=forward_heads_together(mask, query, key),
+        heads_together=forward_heads_together(mask, query, keys[0]),
         range_steps=key_tiles if forward_has_ranges(mask, config) else None,
         visits_empty=not in_place,
         waves=forward_waves(is_last=is_last),
@@ -332,7 +335,7 @@ def attend(
     )
     ranges = key_ranges(mask, config.q_tile, config.k_tile)
     masks = MaskInputs.of(mask, config.q_tile, config.k_tile)
-    inputs = Inputs(query, key, value, masks, ranges, queue.work(ranges))
+    inputs = Inputs(query, keys, values, masks, ranges, queue.work(ranges))
     # Written in place, the state is given as references; otherwise it is read like the other inputs.
     padded = None if state is None else AttentionState(state.output, pad_last(state.lse, WARPGROUP_ROWS))
     leaves, treedef = jax.tree.flatten((inputs, None if block.in_place else padded))

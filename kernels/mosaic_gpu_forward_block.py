@@ -23,8 +23,9 @@ class Inputs(NamedTuple):
     """Arrays (outside) or references (inside) that the kernel reads."""
 
     query: Float[Array, "B T N H"]
-    key: Float[Array, "B S K H"]
-    value: Float[Array, "B S K H"]
+    # Of one block, or of two that are taken at once.
+    keys: tuple[Float[Array, "B S K H"], ...]
+    values: tuple[Float[Array, "B S K H"], ...]
     mask: MaskInputs
     ranges: TileRanges
     work: Work | None

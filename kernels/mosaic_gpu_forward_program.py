@@ -12,6 +12,7 @@ from jax import lax
 from .mosaic_gpu_forward_block import Block, Partial, Scratch
 from .mosaic_gpu_primitives import WARPGROUP_ROWS, Ref, slot_of
 from .mosaic_gpu_queue import Piece, Position
+from .two_blocks import for_block_of_tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,19 +110,23 @@ class Program:
         """A piece. Read where it is needed: kept through loops it would cost registers."""
         return Piece.read(self.scratch.numbers_of_piece(number))
 
-    def keys_of_step(self, step: jax.Array, number: jax.Array) -> tuple:
-        """Where the keys of a step are, and the values."""
-        piece, tile = self.piece(number), self.block.config.k_tile
+    def copy_tile(self, blocks: tuple[Ref, ...], step: jax.Array, number: jax.Array, target: Ref, ready: Ref) -> None:
+        """Copies the tile of keys, or of values, of a step."""
+        piece, k_tile = self.piece(number), self.block.config.k_tile
         kv_head = lax.div(piece.head, jnp.int32(self.block.group))
-        return piece.batch, pl.ds(piece.walk.tile(step) * tile, tile), kv_head
+
+        def copy(block: int, tile: jax.Array) -> None:
+            source = blocks[block].at[piece.batch, pl.ds(tile * k_tile, k_tile), kv_head]
+            plgpu.copy_gmem_to_smem(source, target, ready)
+
+        for_block_of_tile(piece.walk.tile(step), blocks[0].shape[1] // k_tile, len(blocks), copy)
 
     def copy_keys(self, step: jax.Array, number: jax.Array, copies_before: jax.Array) -> None:
         """Copies the keys of a step, and after the first ones the queries, whose place is free later."""
         scratch, copy = self.scratch, copies_before + step
         slot = self.slot(copy)
         pl.when(copy >= self.block.config.stages)(lambda: plgpu.barrier_wait(scratch.key_free.at[slot]))
-        keys = self.inputs.key.at[self.keys_of_step(step, number)]
-        plgpu.copy_gmem_to_smem(keys, scratch.key.at[slot], scratch.key_ready.at[slot])
+        self.copy_tile(self.inputs.keys, step, number, scratch.key.at[slot], scratch.key_ready.at[slot])
         pl.when(step == 0)(lambda: self.copy_queries(number))
 
     def copy_values(self, step: jax.Array, steps: jax.Array, number: jax.Array, copies_before: jax.Array) -> None:
@@ -129,8 +134,7 @@ class Program:
         config, scratch, copy = self.block.config, self.scratch, copies_before + step
         slot = self.slot(copy)
         pl.when(copy >= config.stages)(lambda: plgpu.barrier_wait(scratch.value_free.at[slot]))
-        values = self.inputs.value.at[self.keys_of_step(step, number)]
-        plgpu.copy_gmem_to_smem(values, scratch.value.at[slot], scratch.value_ready.at[slot])
+        self.copy_tile(self.inputs.values, step, number, scratch.value.at[slot], scratch.value_ready.at[slot])
         if config.early_state and self.block.has_state:
             pl.when(step == jnp.minimum(2 * config.stages, steps) - 1)(lambda: self.prepare_output(number))
 

@@ -158,7 +158,7 @@ def differentiate_keys(
     block = _Block.of(query, key, mask, scale, column_tile=64)
     masks = MaskInputs.of(mask, block.column_tile, WARPGROUP_ROWS)
     ranges = query_ranges(mask, block.column_tile, WARPGROUP_ROWS)
-    inputs = Inputs(query, key, value, d_out, lse, delta, masks, ranges)
+    inputs = Inputs(query, (key,), (value,), d_out, lse, delta, masks, ranges)
 
     def body(inputs, outputs, scratch):
         batch, kv_head, key_tile = (lax.axis_index(name) for name in ("batch", "heads", "row_tiles"))
@@ -170,7 +170,7 @@ def differentiate_keys(
         @pl.when(warpgroup == _COMPUTE_WARPGROUPS)
         def _produce():
             plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
-            for index, source in enumerate((inputs.key, inputs.value)):
+            for index, source in enumerate((*inputs.keys, *inputs.values)):
                 plgpu.copy_gmem_to_smem(source.at[batch, keys, kv_head], scratch.rows.at[index], scratch.row_ready)
             _copy_queries(block, inputs, scratch, place)
 
@@ -268,7 +268,7 @@ def differentiate_queries(
     masks = MaskInputs.of(mask, WARPGROUP_ROWS, block.column_tile)
     ranges = key_ranges(mask, WARPGROUP_ROWS, block.column_tile)
     lse, delta = (pad_last(x, WARPGROUP_ROWS) for x in (lse, delta))
-    inputs = Inputs(query, key, value, d_out, lse, delta, masks, ranges)
+    inputs = Inputs(query, (key,), (value,), d_out, lse, delta, masks, ranges)
     row_tiles = -(-query.shape[1] // WARPGROUP_ROWS)
 
     def body(inputs, outputs, scratch):
@@ -331,7 +331,7 @@ def _copy_keys(block: _Block, inputs: Ref, scratch: _Tiles, place: tuple) -> Non
 
     def copy(step, slot):
         rows = pl.ds(walk.tile(step) * block.column_tile, block.column_tile)
-        for index, source in enumerate((inputs.key, inputs.value)):
+        for index, source in enumerate((*inputs.keys, *inputs.values)):
             target = scratch.columns.at[slot, index]
             plgpu.copy_gmem_to_smem(source.at[batch, rows, kv_head], target, scratch.column_ready.at[slot])
 

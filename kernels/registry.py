@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from .batching import Mappable
-from .contract import AttentionState, BlockKernel, Gradients
+from .contract import AttentionState, BlockKernel, Gradients, StepKernel
 from .ptxas import miscompiling_reason
 from .tracing import TracedOnce
 from .triton_gpu import compute_capability
 from .triton_gpu import target as triton_target
+from .two_blocks import OneByOne
 
 _MODULES = {
     "mosaic_gpu": "mosaic_gpu",
@@ -35,6 +36,8 @@ _WITHOUT_CHECK_VMA = _MOSAIC
 _WITHOUT_VMAP = (*_MOSAIC, "triton")
 # Kernels that find their block's positions and tiles in those of several blocks, see `BlockMask.block`.
 _INDEXING_BLOCKS = _MOSAIC
+# Kernels that take two blocks at once where they lie; for the others these are put together.
+_TAKING_TWO_BLOCKS = ("mosaic_gpu",)
 # XLA's options that forbid results which differ between two runs; its own attention, cuDNN's, obeys them too.
 _DETERMINISTIC_OPTIONS = ("--xla_gpu_exclude_nondeterministic_ops", "--xla_gpu_deterministic_ops")
 
@@ -131,12 +134,18 @@ def has_fused_backward(implementation: str, head_dim: int) -> bool:
     return implementation == "mosaic_gpu" and head_dim <= _module(implementation).MAX_FUSED_HEAD_DIM
 
 
-def load(implementation: str, target: Target) -> BlockKernel:
+def takes_two_blocks(implementation: str, head_dim: int, shard_len: int) -> bool:
+    """Whether steps of a ring of such shards are faster if they take two blocks at once, see `two_blocks`."""
+    return implementation in _TAKING_TWO_BLOCKS and _module(implementation).takes_two_blocks(head_dim, shard_len)
+
+
+def load(implementation: str, target: Target) -> StepKernel:
     """The block kernel of an implementation for `target`; its module is imported when first asked for."""
     kernel: BlockKernel = _module(implementation)  # pyright: ignore[reportAssignmentType]  (the module has its functions)
     if implementation == "triton":
         assert target.compute_capability is not None
         kernel = _TritonFor(kernel, target.compute_capability)
+    kernel = kernel if implementation in _TAKING_TWO_BLOCKS else OneByOne(kernel)
     kernel = Mappable(kernel) if implementation in _WITHOUT_VMAP else kernel
     return TracedOnce(kernel, can_index_blocks=implementation in _INDEXING_BLOCKS)
 

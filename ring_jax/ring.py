@@ -3,6 +3,9 @@
 Runs inside `jax.shard_map`. The forward ring makes N-1 hops; the gradients are a ring of their own, tied to it by
 `custom_vjp`: keys and values go round once more, and the gradients of each block travel with it in float32 and arrive
 at its owner after N hops. What each step computes is the kernels' business, see `kernels/contract.py`.
+
+Where shards are short, kernels that can take the blocks of two ranks at once (`kernels/two_blocks.py`): after the own
+block and that of the rank before, two arrive at a time, in hops of two places. As many bytes are sent as one by one.
 """
 
 import dataclasses
@@ -18,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from . import kernels
 from .collectives import AxisName, gather_shards, rotate
-from .kernels import AttentionState, BlockMask, match_varying
+from .kernels import AttentionState, BlockMask, Blocks, Sums, folded, match_varying
 from .layouts import EVEN_LAYOUTS, shard_positions
 
 # Names of the two residuals that a remat policy can save, so that the backward pass need not run the forward ring.
@@ -39,6 +42,8 @@ class Block(NamedTuple):
     segment_ids: Int32[Array, "B T"] | None
 
 
+# What a step takes: the block of one rank, or of two.
+type Held = Block | tuple[Block, Block]
 # dK and dV of a block.
 type Pair = tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]
 
@@ -93,12 +98,12 @@ def _attend(
     segment_ids: Array | None,
     gathered_positions: Int32[Array, "num_shards T"] | None,
 ) -> tuple[Array, Array]:
-    ring = _masks(options, query.shape[1], gathered_positions)
+    ring = _masks(options, query, segment_ids, gathered_positions)
     kernel = kernels.load(options.implementation, options.target)
 
-    def compute(step: Step, block: Block, state: AttentionState | None, *, is_last: bool = False) -> AttentionState:
-        mask = ring.mask(step, segment_ids, block.segment_ids)
-        state = kernel.forward(query, block.key, block.value, state, mask, scale=options.scale, is_last=is_last)
+    def compute(step: Step, held: Held, state: AttentionState | None, *, is_last: bool = False) -> AttentionState:
+        mask, (keys, values) = _mask(ring, segment_ids, step, held), _keys_and_values(held)
+        state = kernel.forward(query, keys, values, state, mask, scale=options.scale, is_last=is_last)
         return AttentionState(*match_varying(tuple(state), like=query))
 
     def compute_and_pass_on(step: Step, carry: tuple[Block, AttentionState | None]) -> tuple[Block, AttentionState]:
@@ -110,11 +115,29 @@ def _attend(
     block = Block(key, value, segment_ids)
     if ring.size == 1:
         state = compute(0, block, None, is_last=True)
+    elif ring.takes_two:
+        state = _attend_by_twos(compute, ring.size, options.axis_name, block)
     else:
         carry = compute_and_pass_on(0, (block, None))
         block, state = _repeat(compute_and_pass_on, carry, last=ring.size - 1, loop_steps=2 if ring.is_loop else None)
         state = compute(ring.size - 1, block, state, is_last=True)
     return state.output, state.lse
+
+
+def _attend_by_twos(
+    compute: Callable[..., AttentionState], size: int, axis_name: AxisName, own_block: Block
+) -> AttentionState:
+    """The forward ring of kernels that take two blocks at once."""
+    before, state = lax.optimization_barrier((rotate(own_block, axis_name), compute(0, own_block, None)))
+    two, state = lax.optimization_barrier((_first_two(before, axis_name), compute(1, before, state)))
+    for step in range(2, size - 2, 2):
+        two, state = lax.optimization_barrier((rotate(two, axis_name, by=2), compute(step, two, state)))
+    return compute(size - 2, two, state, is_last=True)
+
+
+def _first_two(before: Block, axis_name: AxisName) -> tuple[Block, Block]:
+    """The blocks of the ranks two and three places before this one, from all ranks' block of the rank before."""
+    return rotate(before, axis_name), rotate(before, axis_name, by=2)
 
 
 def _attend_forward(options: RingOptions, query: Array, key: Array, value: Array, segment_ids, gathered_positions):
@@ -128,17 +151,17 @@ def _attend_forward(options: RingOptions, query: Array, key: Array, value: Array
 def _attend_backward(options: RingOptions, residuals: tuple, cotangents: tuple[Array, Array]):
     query, key, value, segment_ids, gathered_positions, output, lse = residuals
     d_out, d_lse = cotangents
-    ring = _masks(options, query.shape[1], gathered_positions)
+    ring = _masks(options, query, segment_ids, gathered_positions)
     kernel = kernels.load(options.implementation, options.target)
     # d lse / d score is the probability itself: the logsumexp's cotangent joins delta (FlashAttention-2, section 2.2).
     delta = jnp.sum(d_out.astype(jnp.float32) * output.astype(jnp.float32), axis=-1).swapaxes(1, 2) - d_lse
 
     def compute(
-        step: Step, block: Block, dq: Array, sums: Array | None = None, hidden_keys: Array | None = None
+        step: Step, held: Held, dq: Array, sums: Sums | None = None, hidden_keys: Array | None = None
     ) -> tuple[Array, Any]:
-        mask = ring.mask(step, segment_ids, block.segment_ids)
+        mask = _mask(ring, segment_ids, step, held)
         mask = mask if hidden_keys is None else mask.without(hidden_keys)
-        arrays = (query, block.key, block.value, d_out, lse, delta, dq, sums)
+        arrays = (query, *_keys_and_values(held), d_out, lse, delta, dq, sums)
         dq, sums_or_share = kernel.backward(*arrays, mask, scale=options.scale, is_only=ring.size == 1)
         return dq, match_varying(sums_or_share, like=query)
 
@@ -151,6 +174,8 @@ def _attend_backward(options: RingOptions, residuals: tuple, cotangents: tuple[A
     dq = jnp.broadcast_to(zero, query.shape)
     if ring.size == 1:
         dq, (dk, dv) = compute(0, own_block, dq)
+    elif ring.takes_two:
+        dq, dk, dv = _differentiate_by_twos(compute, ring, options.axis_name, own_block, dq, zero)
     elif kernels.has_fused_backward(options.implementation, query.shape[3]):
         dq, dk, dv = _differentiate_in_place(compute, ring, options.axis_name, own_block, dq, zero)
     else:
@@ -226,7 +251,64 @@ def _differentiate_in_place(
     return dq, sums[:, 0], sums[:, 1]
 
 
+def _differentiate_by_twos(
+    compute: Callable[..., tuple[Array, Any]],
+    ring: "RingMasks",
+    axis_name: AxisName,
+    own_block: Block,
+    dq: Array,
+    zero: Float32[Array, ""],
+) -> tuple[Array, Array, Array]:
+    """The same where the kernel takes two blocks at once, for which it adds to a sum of each.
+
+    A sum rests while the next step's kernel adds to others, and makes the hops of two steps in one. So a block has four
+    sums: of the ranks that take it first of two and of those that take it second, in every second step each.
+    """
+    late_keys = _inner_half(own_block.key.shape[1])
+
+    def zeros(zero: Float32[Array, ""]) -> Float32[Array, "B 2 T K H"]:
+        return jnp.broadcast_to(zero, (own_block.key.shape[0], 2, *own_block.key.shape[1:]))
+
+    before = rotate(own_block, axis_name)
+    dq, own_sums = compute(0, own_block, dq, zeros(zero), hidden_keys=late_keys)
+    before, own_sums, dq, zero = lax.optimization_barrier((before, own_sums, dq, zero))
+    two, own_sums = _first_two(before, axis_name), rotate(own_sums, axis_name, by=2)
+    dq, sums_of_one = compute(1, before, dq, zeros(zero))
+    two, own_sums, sums_of_one, dq, zero = lax.optimization_barrier((two, own_sums, sums_of_one, dq, zero))
+    # By how many hops each sum is away from its block's owner.
+    arrived, rested, hops = (own_sums,), (sums_of_one,), (1,)
+    for step in range(2, ring.size, 2):
+        # What will be added to two steps on, or is at home then.
+        to = [min(step + 2 + i, ring.size) for i in range(2)]
+        arriving = tuple(rotate(x, axis_name, by=end - h) for x, h, end in zip(rested, hops, to, strict=False))
+        next_two = two if step + 2 == ring.size else rotate(two, axis_name, by=2)
+        dq, rested = compute(step, two, dq, (*arrived, zeros(zero))[:2])
+        two, arrived, rested, dq, zero = lax.optimization_barrier((next_two, arriving, rested, dq, zero))
+        hops = (step, step + 1)
+    arriving = tuple(rotate(x, axis_name, by=ring.size - h) for x, h in zip(rested, hops, strict=True))
+    dq, at_home = compute(0, own_block, dq, arrived[0], hidden_keys=~late_keys)
+    arriving, at_home, dq = lax.optimization_barrier((arriving, at_home, dq))
+    sums = functools.reduce(jnp.add, (*arrived[1:], *arriving), at_home)
+    return dq, sums[:, 0], sums[:, 1]
+
+
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _keys_and_values(held: Held) -> tuple[Blocks, Blocks]:
+    """The keys and the values that a step takes."""
+    if isinstance(held, Block):
+        return held.key, held.value
+    first, second = held
+    return (first.key, second.key), (first.value, second.value)
+
+
+def _mask(ring: "RingMasks", segment_ids: Int32[Array, "B T"] | None, step: Step, held: Held) -> BlockMask:
+    """The mask of a step."""
+    if isinstance(held, Block):
+        return ring.mask(step, segment_ids, held.segment_ids)
+    assert isinstance(step, int)
+    return ring.mask_of_two(step)
 
 
 def _inner_half(shard_len: int) -> Bool[Array, " T"]:
@@ -263,6 +345,18 @@ def is_loop(size: int) -> bool:
     return size - 2 > MAX_UNROLLED_STEPS
 
 
+def takes_two_blocks(
+    implementation: str, size: int, shard_len: int, head_dim: int, *, layout: str | None, is_causal: bool
+) -> bool:
+    """Whether steps of a ring of so many devices, without segment ids, take two blocks from the third step on.
+
+    None may be left over after the first two steps, and what a query sees of two blocks must be one run of keys. Rings
+    that are a loop take one, and hold less.
+    """
+    is_possible = size >= 4 and size % 2 == 0 and not is_loop(size) and (layout == "zigzag" or not is_causal)
+    return is_possible and kernels.takes_two_blocks(implementation, head_dim, shard_len)
+
+
 @dataclasses.dataclass(frozen=True)
 class RingMasks:
     """The masks of a rank's steps: after `step` hops it holds the block of the rank `step` places before it."""
@@ -276,6 +370,8 @@ class RingMasks:
     is_ascending: bool = True
     # Whether a rank's queries that see anything of another rank's block see as much of it (`layouts.EVEN_LAYOUTS`).
     is_even: bool = False
+    # Whether steps from the third on take two blocks each.
+    takes_two: bool = False
 
     @property
     def is_loop(self) -> bool:
@@ -289,7 +385,8 @@ class RingMasks:
         if isinstance(step, int) and step == 0 and self.is_ascending:
             # The very same array on the diagonal: there a kernel without positions (cuDNN) can mask by index.
             return BlockMask(own, own, own_segment_ids, segment_ids, self.is_causal)
-        if isinstance(step, int) and not self.is_loop and self.is_causal and segment_ids is None:
+        are_many = not self.is_loop and not self.takes_two
+        if isinstance(step, int) and are_many and self.is_causal and segment_ids is None:
             # All steps ask for the tiles of the same positions, which XLA sees, and computes them once for the ring.
             return BlockMask(own, self._of_all_steps, None, None, True, block=jnp.int32(step), is_even=self.is_even)
         theirs = self.positions((self.rank - step) % self.size)
@@ -297,13 +394,31 @@ class RingMasks:
         is_even = self.is_even and not (isinstance(step, int) and step == 0)
         return BlockMask(own, theirs, own_segment_ids, segment_ids, self.is_causal, is_even=is_even)
 
+    def mask_of_two(self, step: int) -> BlockMask:
+        """The mask of a step that takes the blocks of the ranks `step` and `step + 1` places before this one."""
+        own, index = self.positions(self.rank), step // 2 - 1
+        if not self.is_causal:
+            return BlockMask(own, self._of_all_twos[index], None, None, False, is_even=self.is_even)
+        return BlockMask(own, self._of_all_twos, None, None, True, block=jnp.int32(index), is_even=self.is_even)
+
+    @functools.cached_property
+    def _of_all_twos(self) -> Int32[Array, "twos T2"]:
+        """The positions of the keys of both blocks of each step, in the order of `folded`."""
+        first = (self.rank - jnp.arange(2, self.size, 2, dtype=jnp.int32)) % self.size
+        return jax.vmap(lambda rank: folded(self.positions(rank), self.positions((rank - 1) % self.size)))(first)
+
     @functools.cached_property
     def _of_all_steps(self) -> Int32[Array, "steps T"]:
         return jax.vmap(self.positions)((self.rank - jnp.arange(self.size, dtype=jnp.int32)) % self.size)
 
 
-def _masks(options: RingOptions, shard_len: int, gathered_positions: Int32[Array, "num_shards T"] | None) -> RingMasks:
-    size = lax.axis_size(options.axis_name)
+def _masks(
+    options: RingOptions,
+    query: Float[Array, "B T N H"],
+    segment_ids: Int32[Array, "B T"] | None,
+    gathered_positions: Int32[Array, "num_shards T"] | None,
+) -> RingMasks:
+    size, (_, shard_len, _, head_dim) = lax.axis_size(options.axis_name), query.shape
 
     def positions(rank: Step) -> Int32[Array, " T"]:
         if options.layout is None:
@@ -313,4 +428,7 @@ def _masks(options: RingOptions, shard_len: int, gathered_positions: Int32[Array
 
     rank = lax.axis_index(options.axis_name)
     is_ascending, is_even = options.layout is not None, options.layout in EVEN_LAYOUTS
-    return RingMasks(size, rank, positions, options.is_causal, is_ascending=is_ascending, is_even=is_even)
+    takes_two = segment_ids is None and takes_two_blocks(
+        *(options.implementation, size, shard_len, head_dim), layout=options.layout, is_causal=options.is_causal
+    )
+    return RingMasks(size, rank, positions, options.is_causal, is_ascending, is_even, takes_two)

@@ -7,6 +7,7 @@ them beside a program that was exported elsewhere.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 
 from ring_jax.kernels.contract import AttentionState, BlockMask
 from ring_jax.kernels.reference import reference_attention, visible_pairs
+from ring_jax.kernels.two_blocks import folded
 from tests.budget import allowed, error
 
 # What dK and dV are added to where there are several blocks.
@@ -45,6 +47,8 @@ class Case:
     is_even: bool = False
     # Whether the masks hold the positions of all blocks, and say which one is meant.
     by_index: bool = False
+    # Whether from the second step on two blocks are taken at once, folded.
+    by_twos: bool = False
 
     def __str__(self) -> str:
         mask = (
@@ -54,6 +58,7 @@ class Case:
             + "-rising" * self.rising
             + "-even" * self.is_even
             + "-by-index" * self.by_index
+            + "-by-twos" * self.by_twos
         )
         sizes = f"B{self.batch}T{self.queries}S{self.keys}N{self.heads}K{self.kv_heads}H{self.head_dim}"
         sizes += f"x{self.num_blocks}" * (self.num_blocks != 2)
@@ -62,6 +67,12 @@ class Case:
     @property
     def total_keys(self) -> int:
         return self.num_blocks * self.keys
+
+    @property
+    def steps(self) -> list[tuple[slice, ...]]:
+        """The keys of each step's block, or of its two."""
+        spans = [slice(i * self.keys, (i + 1) * self.keys) for i in range(self.num_blocks)]
+        return [(spans[0],), *itertools.batched(spans[1:], 2)] if self.by_twos else [(span,) for span in spans]
 
     @property
     def scale(self) -> float:
@@ -103,29 +114,32 @@ def blocks(case: Case) -> Callable[..., dict[str, Any]]:
 
     def run(kernel: Any, data: dict[str, Any]) -> dict[str, Any]:
         state: Any = None
-        spans = [slice(i * case.keys, (i + 1) * case.keys) for i in range(case.num_blocks)]
-        for span in spans:
-            k, v, is_last = data["key"][:, span], data["value"][:, span], span == spans[-1]
-            state = kernel.forward(
-                data["query"], k, v, state, _mask(case, data, span), scale=case.scale, is_last=is_last
-            )
+        for step, spans in enumerate(case.steps):
+            k, v = (_one_or_two([data[name][:, span] for span in spans]) for name in ("key", "value"))
+            mask, is_last = _mask(case, data, step), step == len(case.steps) - 1
+            state = kernel.forward(data["query"], k, v, state, mask, scale=case.scale, is_last=is_last)
         d_out = data["d_out"].astype(jnp.float32)
         output = state.output.astype(jnp.float32)
         delta = jnp.einsum("btnh,btnh->bnt", d_out, output, precision="highest") - data["d_lse"]
         dq = jnp.zeros(data["query"].shape, jnp.float32)
         grads = []
-        for span in spans:
-            k, v = data["key"][:, span], data["value"][:, span]
+        for step, spans in enumerate(case.steps):
+            k, v = (_one_or_two([data[name][:, span] for span in spans]) for name in ("key", "value"))
             # Of several blocks dK and dV are added to what is there, and that is taken off again.
-            is_only, before = len(spans) == 1, jnp.full((case.batch, 2, *k.shape[1:]), _SUM_BEFORE, jnp.float32)
+            is_only, shape = case.num_blocks == 1, (case.batch, 2, case.keys, *data["key"].shape[2:])
             # `getattr`: kernels with no such limit compute the gradients apart and add to none.
             is_fused = case.head_dim <= getattr(kernel, "MAX_FUSED_HEAD_DIM", 0)
-            sums = before if is_fused and not is_only else None
-            args = data["query"], k, v, data["d_out"], state.lse, delta, dq, sums, _mask(case, data, span)
+            before = [jnp.full(shape, _SUM_BEFORE + i, jnp.float32) for i in range(len(spans))]
+            sums = _one_or_two(before) if is_fused and not is_only else None
+            args = data["query"], k, v, data["d_out"], state.lse, delta, dq, sums, _mask(case, data, step)
             gradients = kernel.backward(*args, scale=case.scale, is_only=is_only)
-            dq, dk, dv = gradients.dq, gradients.dk, gradients.dv
-            assert dk.dtype == dv.dtype == (k.dtype if is_only else jnp.float32)
-            grads.append((dk, dv) if sums is None else (dk - _SUM_BEFORE, dv - _SUM_BEFORE))
+            dq = gradients.dq
+            if sums is None:
+                assert gradients.dk.dtype == gradients.dv.dtype == (data["key"].dtype if is_only else jnp.float32)
+                grads.append((gradients.dk, gradients.dv))
+                continue
+            found = gradients.sums if len(spans) > 1 else (gradients.sums,)
+            grads += [((x - y)[:, 0], (x - y)[:, 1]) for x, y in zip(found, before, strict=True)]
         dq = kernel.finished_d_query(dq, scale=case.scale)
         dk, dv = (jnp.concatenate(parts, axis=1) for parts in zip(*grads, strict=True))
         return {"output": state.output, "lse": state.lse, "dq": dq, "dk": dk, "dv": dv}
@@ -164,7 +178,7 @@ def late_block_error(forward: Any) -> float:
     """Error of what a float16 block adds to a state that has already seen millions of keys, all with value 0."""
     data, alone = _late_block()
     state = AttentionState(jnp.zeros(data["query"].shape), jnp.full(alone.lse.shape, _SEEN))
-    mask = _mask(_LATE, data, slice(None))
+    mask = _mask(_LATE, data, 0)
     found = forward(data["query"], data["key"], data["value"], state, mask, scale=_LATE.scale)
     share = 1 / (1 + np.exp(_SEEN - alone.lse))
     return error(np.asarray(found.output), alone.output * share.swapaxes(1, 2)[..., None])
@@ -181,7 +195,7 @@ def late_block_gradient_error(backward: Any) -> float:
     exact = [np.einsum("bnts,bsnh->btnh", d_scores, k)]
     exact += [np.einsum("bnts,btnh->bsnh", x, y) for x, y in ((d_scores, q), (weights, d_out))]
     given = (data[name] for name in ("query", "key", "value", "d_out"))
-    mask, dq = _mask(_LATE, data, slice(None)), jnp.zeros(data["query"].shape)
+    mask, dq = _mask(_LATE, data, 0), jnp.zeros(data["query"].shape)
     found = backward(*given, lse.astype(np.float32), delta, dq, None, mask, scale=_LATE.scale)
     return max(error(np.asarray(x), y) for x, y in zip((found.dq, found.dk, found.dv), exact, strict=True))
 
@@ -193,10 +207,20 @@ def _late_block() -> tuple[dict[str, Any], Any]:
     return data, reference_attention(data["query"], data["key"], data["value"], visible)
 
 
-def _mask(case: Case, data: dict[str, Any], span: slice) -> BlockMask:
-    k_segment_ids = data["k_segment_ids"]
+def _one_or_two(blocks: list[Any]) -> Any:
+    return blocks[0] if len(blocks) == 1 else tuple(blocks)
+
+
+def _mask(case: Case, data: dict[str, Any], step: int) -> BlockMask:
+    k_segment_ids, k_positions = data["k_segment_ids"], data["k_positions"]
+    span, *more = case.steps[step]
+    if more:
+        twos = jnp.stack([folded(*(k_positions[x] for x in spans)) for spans in case.steps[1:]])
+        if case.by_index:
+            return BlockMask(data["q_positions"], twos, None, None, case.is_causal, jnp.int32(step - 1), case.is_even)
+        return BlockMask(data["q_positions"], twos[step - 1], None, None, case.is_causal, is_even=case.is_even)
     if case.by_index:
-        k_positions = data["k_positions"].reshape(case.num_blocks, case.keys)
+        k_positions = k_positions.reshape(case.num_blocks, case.keys)
         block = jnp.int32(span.start // case.keys)
         return BlockMask(data["q_positions"], k_positions, None, None, case.is_causal, block, case.is_even)
     return BlockMask(

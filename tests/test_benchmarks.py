@@ -28,19 +28,20 @@ CPU = Target("cpu", "cpu")
 
 
 @pytest.mark.parametrize(
-    ("layout", "as_loop", "segments", "in_place"),
+    ("layout", "as_loop", "segments", "in_place", "takes_two"),
     [
-        ("zigzag", False, "packed", False),
-        ("zigzag", False, "none", True),
-        ("striped", False, "none", False),
-        ("striped", True, "packed", True),
+        ("zigzag", False, "packed", False, False),
+        ("zigzag", False, "none", True, False),
+        ("zigzag", False, "none", True, True),
+        ("striped", False, "none", False, False),
+        ("striped", True, "packed", True, False),
     ],
 )
-def test_replayed_ranks_equal_the_oracle(layout, as_loop, segments, in_place, monkeypatch):
-    """Written out step by step, and as the loop that more than 16 steps are."""
+def test_replayed_ranks_equal_the_oracle(layout, as_loop, segments, in_place, takes_two, monkeypatch):
+    """Written out step by step, also with two blocks in the last one, and as the loop that more than 16 steps are."""
     if as_loop:
         monkeypatch.setattr(ring_module, "MAX_UNROLLED_STEPS", 0)
-    shards, case = 3, Case(1, 96, 4, 2, 8, dtype="float32", segments=segments)
+    shards, case = 4 if takes_two else 3, Case(1, 96, 4, 2, 8, dtype="float32", segments=segments)
     inputs = make_inputs(case)
     order = np.asarray(layout_positions(layout, case.seq_len, shards))
 
@@ -57,7 +58,7 @@ def test_replayed_ranks_equal_the_oracle(layout, as_loop, segments, in_place, mo
     kernel = kernels.load("xla", CPU)
     output, dq, dk, dv = [], [], 0, 0
     for rank in range(shards):
-        replay = Replay(shards, rank, layout)
+        replay = Replay(shards, rank, layout, takes_two=takes_two)
         out, lse = replay_forward(kernel, replay, query[rank], keys, values, ids)
         rank_dq, shares = replay_backward(
             kernel, replay, query[rank], keys, values, out, lse, d_out[rank], segment_ids=ids, in_place=in_place

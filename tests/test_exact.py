@@ -309,6 +309,22 @@ def test_ring_too_long_to_write_out_is_the_same(monkeypatch, in_place):
     _assert_same_bits(first, second)
 
 
+@pytest.mark.parametrize(("shards", "is_causal"), [(4, True), (8, True), (6, False)])
+def test_ring_whose_steps_take_two_blocks_is_exact(monkeypatch, shards, is_causal):
+    """In the ring of 8 one step of an even rank takes one block that half of its queries see, and one that all see."""
+    inputs = make_inputs(Case(2, 8 * shards, 4, 2, 8, "float32", is_causal), seed=1)
+    steps, of_two = [], ring.RingMasks.mask_of_two
+    monkeypatch.setattr(ring.kernels, "has_fused_backward", lambda *_: True)
+    monkeypatch.setattr(ring.kernels, "takes_two_blocks", lambda *_: True)
+    monkeypatch.setattr(ring.RingMasks, "mask_of_two", lambda masks, step: steps.append(step) or of_two(masks, step))
+    jax.clear_caches()
+    layout = "zigzag" if is_causal else "contiguous"
+    traced = _attend.trace(inputs, layout=layout, shards=shards, is_causal=is_causal, scale=None)
+    jax.clear_caches()
+    assert set(steps) == set(range(2, shards, 2))
+    _assert_exact(traced.lower().compile()(inputs), inputs, *_oracle(inputs, is_causal, None))
+
+
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_ring_that_leaves_half_of_its_own_block_for_last_is_exact(monkeypatch, is_causal):
     """What rings do whose backward kernel is fused, so that something hides the last hop of dK and dV."""

@@ -3,6 +3,7 @@
 import math
 import re
 from collections import Counter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ring_jax import LAYOUTS, SAVED_NAMES, layout_positions, ring_attention
 from ring_jax.kernels.contract import BlockMask
 from ring_jax.kernels.tiles import key_ranges
+from ring_jax.ring import takes_two_blocks
 from tests.jaxpr_shapes import intermediate_shapes
 
 COLLECTIVES = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-broadcast|collective-permute"
@@ -77,6 +79,34 @@ def test_hops_and_their_bytes(shards: int, with_segments: bool):
     )
     assert forward == Counter({block: 2 * hops} | ({ids: hops} if with_segments else {}))
     assert gradient == Counter({block: 4 * hops + 2 * shards} | ({ids: 2 * hops} if with_segments else {}))
+
+
+_SHORT: dict[str, Any] = dict(
+    implementation="mosaic_gpu", size=8, shard_len=8192, head_dim=128, layout="zigzag", is_causal=True
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, True),
+        ({"size": 4, "shard_len": 256}, True),
+        ({"size": 2}, False),
+        ({"size": 7}, False),
+        ({"size": 20}, False),
+        ({"shard_len": 8192 - 128}, False),
+        ({"shard_len": 16384}, False),
+        ({"head_dim": 64}, False),
+        ({"layout": "contiguous"}, False),
+        ({"layout": "contiguous", "is_causal": False}, True),
+        ({"layout": None}, False),
+        ({"implementation": "triton"}, False),
+        ({"implementation": "mosaic_gpu_deterministic"}, False),
+    ],
+)
+def test_short_shards_are_taken_two_at_a_time(change, expected):
+    """Not where one would be left over, in loops, where halves are no whole tiles, or of runs with a gap."""
+    assert takes_two_blocks(**_SHORT | change) == expected
 
 
 def test_one_shard_sends_nothing():

@@ -20,17 +20,18 @@ compile_ring_once = functools.cache(compile_ring)
 
 
 @pytest.mark.parametrize(
-    ("gpu", "implementation", "segments"),
-    [("h100", "mosaic_gpu", False), ("h100", "triton", False), ("a100-80gb", "triton", True)],
+    ("gpu", "implementation", "segments", "kernels"),
+    [("h100", "mosaic_gpu", False, 5), ("h100", "triton", False, 8), ("a100-80gb", "triton", True, 8)],
 )
-def test_every_hop_is_hidden_and_nothing_is_copied(gpu, implementation, segments):
+def test_every_hop_is_hidden_and_nothing_is_copied(gpu, implementation, segments, kernels):
+    """On Hopper the own block, the next one, and then two at a time."""
     hops = 7
     case = RingCase(gpu=gpu, mesh="seq=8", heads="32/8", segments=segments, implementation=implementation)
     forward, gradient = compile_ring_once(case)
     assert forward.schedule.num_permutes == 2 * hops
     # What the Hopper kernel adds to holds dK and dV.
     assert gradient.schedule.num_permutes == 2 * 2 * hops + (1 if implementation == "mosaic_gpu" else 2) * (hops + 1)
-    assert forward.schedule.num_kernels == hops + 1
+    assert forward.schedule.num_kernels == kernels
     for ring in (forward, gradient):
         assert ring.schedule.num_exposed == 0, [hop for hop in ring.schedule.hops if hop.is_exposed]
         assert ring.schedule.block_copies == ()
@@ -40,16 +41,21 @@ def test_every_hop_is_hidden_and_nothing_is_copied(gpu, implementation, segments
     assert [set(move.opcodes) for move in gradient.schedule.moves] in ([], [{"convert"}])
 
 
-@pytest.mark.parametrize(("is_causal", "sizes"), [(True, (4, 8)), (False, (3, 4))])
+@pytest.mark.parametrize(("is_causal", "sizes"), [(True, (8, 10)), (False, (3, 5))])
 def test_positions_and_tiles_are_computed_once_for_all_steps(is_causal, sizes):
-    """What a step launches is its block kernel and nothing else, backward too; there the own block takes two."""
+    """What a step launches is its block kernel and nothing else, backward too; there the own block takes two.
+
+    In rings of even sizes each of these kernels takes two blocks from the third step on.
+    """
     case = RingCase(is_causal=is_causal, implementation="mosaic_gpu")
     others = []
     for size in sizes:
-        forward, gradient = (ring.schedule for ring in compile_ring_once(dataclasses.replace(case, mesh=f"seq={size}")))
-        assert forward.num_kernels == size
-        assert gradient.num_kernels == size + size + 1
-        # The two sums of the own block's dK and dV are added up and rounded at the end.
+        of_size = dataclasses.replace(case, mesh=f"seq={size}", gpus_per_host=size)
+        forward, gradient = (ring.schedule for ring in compile_ring_once(of_size))
+        kernels = size if size % 2 else 1 + size // 2
+        assert forward.num_kernels == kernels
+        assert gradient.num_kernels == kernels + kernels + 1
+        # The sums of the own block's dK and dV are added up and rounded at the end.
         assert len([m for m in gradient.others if "add" in m.opcodes and m.num_bytes >= gradient.block_bytes]) == 1
         others.append((forward.num_others, gradient.num_others))
     assert others[0] == others[1]

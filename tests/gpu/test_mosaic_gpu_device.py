@@ -32,6 +32,10 @@ CASES = [
     Case(queries=400, keys=400, num_blocks=3, heads=4, kv_heads=2, head_dim=64, is_causal=False),
     Case(queries=512, keys=1024, num_blocks=2, heads=2, kv_heads=1, head_dim=128, is_causal=False, rising=True),
     Case(dtype="float16", queries=400, keys=1000, heads=2, kv_heads=1, head_dim=64, rising=True),
+    # Two blocks at once.
+    Case(queries=1024, keys=512, num_blocks=3, heads=4, kv_heads=1, head_dim=128, is_even=True, by_twos=True),
+    Case(queries=512, keys=1024, num_blocks=5, heads=2, kv_heads=2, head_dim=128, is_causal=False, by_twos=True),
+    Case(queries=2048, keys=768, num_blocks=5, heads=4, kv_heads=1, head_dim=128, by_twos=True, by_index=True),
     # Key tiles whose steps several programs share.
     Case(queries=2048, keys=512, num_blocks=1, heads=4, kv_heads=1, head_dim=128, is_causal=False),
     Case(queries=4096, keys=512, heads=2, kv_heads=1, head_dim=64, is_causal=False, batch=2),
