@@ -68,7 +68,7 @@ class Program:
         return self.kernels.has_fused_backward(self.implementation, self.case.head_dim)
 
     def arriving(self, of_array: Callable[[jax.ShapeDtypeStruct], Any]) -> list[Any]:
-        """What `backward` takes last: by owner, what its steps add to, but for the one or two that begin sums.
+        """What `backward` takes last: by owner, what its steps add to, but for those that begin sums.
 
         In a loop all begin some.
         """
@@ -109,9 +109,15 @@ def whole(implementation: str, case: Case) -> Program:
 
 
 def of_rank(implementation: str, case: Case, replay: Replay) -> Program:
-    """What a rank of a ring computes: by the blocks that the ring's steps take with this implementation."""
+    """What a rank of a ring on one host computes, with as many blocks a step as that ring takes."""
     shape = replay.num_shards, case.seq_len // replay.num_shards, case.head_dim
-    takes_two = takes_two_blocks(implementation, *shape, layout=replay.layout, is_causal=case.is_causal)
+    takes_two = takes_two_blocks(
+        *(implementation, *shape),
+        layout=replay.layout,
+        is_causal=case.is_causal,
+        has_segments=case.segments != "none",
+        is_in_one_process=True,
+    )
     return Program(implementation, case, dataclasses.replace(replay, takes_two=takes_two))
 
 

@@ -81,6 +81,7 @@ class Replay:
         step = (self.rank - owners[0]) % self.num_shards
         if len(owners) > 1:
             assert isinstance(step, int)
+            assert segment_ids is None
             return masks.mask_of_two(step)
         ids = (None, None) if segment_ids is None else (segment_ids[self.rank], segment_ids[owners[0]])
         return masks.mask(step, *ids)

@@ -112,9 +112,14 @@ def compile_ring(case: RingCase) -> tuple[CompiledRing, CompiledRing]:
     options = ring_jax.compiler_options("gpu")
     jit = functools.partial(jax.jit, compiler_options=options)
     hops, chosen = shape["seq"] - 1, case.chosen(devices[0])
-    ring = chosen, shape["seq"], case.tokens_per_gpu, case.head_dim
-    takes_two = takes_two_blocks(*ring, layout=case.layout, is_causal=case.is_causal)
-    held = 2 if takes_two and not case.segments else 1
+    takes_two = takes_two_blocks(
+        *(chosen, shape["seq"], case.tokens_per_gpu, case.head_dim),
+        layout=case.layout,
+        is_causal=case.is_causal,
+        has_segments=case.segments,
+        is_in_one_process=size == gpus,
+    )
+    held = 2 if takes_two else 1
     key_bytes, id_bytes = _device_bytes(k), 0 if ids is None else _device_bytes(ids)
     block_sent = hops * (2 * key_bytes + id_bytes)
     # dK and dV travel in float32, and make one hop more than K and V: home to their owner, rounded if complete.

@@ -90,7 +90,7 @@ def compare(program: Program, config: Config, target: Target) -> Iterator[dict[s
         ValueError: a form's result is wrong.
     """
     # Older kernels take one block at a time.
-    takes_two = program.replay.takes_two and hasattr(sys.modules[OTHER], "takes_two_blocks")
+    takes_two = program.replay.takes_two and hasattr(sys.modules[OTHER], "prefers_two_blocks")
     replay = dataclasses.replace(program.replay, takes_two=takes_two)
     other = OtherProgram(program.implementation, program.case, replay, package=OTHER)
     arrays = draw(program)

@@ -101,7 +101,7 @@ class Gradients(NamedTuple):
 
     @property
     def dk(self) -> Float[Array, "B S K H"]:
-        """The gradient of the keys: of those of one block, or their sum so far."""
+        """The gradient of the keys of one block, or their sum so far."""
         return self.sums[0] if isinstance(self.sums, tuple) else self.sums[:, 0]
 
     @property
@@ -111,7 +111,7 @@ class Gradients(NamedTuple):
 
 
 class BlockKernel(Protocol):
-    """What a module in this folder offers to be an implementation; one that can takes two blocks too, see `StepKernel`.
+    """What a module in this folder offers to be an implementation.
 
     `scale` multiplies query-key products. Inputs `query`, `key`, `value`, `d_out` share one dtype (float32, bfloat16,
     float16); all statistics and accumulators are float32, and float32 inputs are multiplied in float32, never TF32.
@@ -170,7 +170,7 @@ class StepKernel(Protocol):
     """A block kernel that takes two blocks at once too, as steps of some rings do: what `registry.load` gives.
 
     Keys, values and sums are then pairs, and the mask has no segment ids and the key positions of both blocks, in the
-    order of `two_blocks.folded`. `registry.takes_two_blocks` says where that is faster.
+    order of `two_blocks.folded`. `registry.prefers_two_blocks` says where that is faster.
     """
 
     def forward(

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Float32
 from .contract import AttentionState, BlockMask, Blocks, Gradients, Sums
 from .mosaic_gpu_backward import differentiate, in_order
 from .mosaic_gpu_choices import default_backward_config, default_forward_config
-from .mosaic_gpu_choices import takes_two_blocks as takes_two_blocks
+from .mosaic_gpu_choices import prefers_two_blocks as prefers_two_blocks
 from .mosaic_gpu_forward import attend
 from .mosaic_gpu_two_pass import differentiate_keys, differentiate_queries
 

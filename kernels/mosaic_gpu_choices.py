@@ -108,8 +108,8 @@ def forward_heads_together(mask: BlockMask, query: Float[Array, "B T N H"], key:
     return max(heads for heads in range(1, all_heads + 1) if all_heads % heads == 0 and heads <= max(in_cache, 1))
 
 
-def takes_two_blocks(head_dim: int, shard_len: int) -> bool:
-    """Whether steps of a ring of such shards take two blocks: where these are short the state is much of a step.
+def prefers_two_blocks(head_dim: int, shard_len: int) -> bool:
+    """Whether two blocks of such shards are better taken at once: where these are short the state is much of a step.
 
     Half of a block must be whole tiles of keys.
     """

@@ -36,7 +36,8 @@ _WITHOUT_CHECK_VMA = _MOSAIC
 _WITHOUT_VMAP = (*_MOSAIC, "triton")
 # Kernels that find their block's positions and tiles in those of several blocks, see `BlockMask.block`.
 _INDEXING_BLOCKS = _MOSAIC
-# Kernels that take two blocks at once where they lie; for the others these are put together.
+# Kernels that take two blocks at once where they lie, and say with `prefers_two_blocks` of which shards; for the others
+# these are put together.
 _TAKING_TWO_BLOCKS = ("mosaic_gpu",)
 # XLA's options that forbid results which differ between two runs; its own attention, cuDNN's, obeys them too.
 _DETERMINISTIC_OPTIONS = ("--xla_gpu_exclude_nondeterministic_ops", "--xla_gpu_deterministic_ops")
@@ -134,9 +135,9 @@ def has_fused_backward(implementation: str, head_dim: int) -> bool:
     return implementation == "mosaic_gpu" and head_dim <= _module(implementation).MAX_FUSED_HEAD_DIM
 
 
-def takes_two_blocks(implementation: str, head_dim: int, shard_len: int) -> bool:
-    """Whether steps of a ring of such shards are faster if they take two blocks at once, see `two_blocks`."""
-    return implementation in _TAKING_TWO_BLOCKS and _module(implementation).takes_two_blocks(head_dim, shard_len)
+def prefers_two_blocks(implementation: str, head_dim: int, shard_len: int) -> bool:
+    """Whether an implementation takes two blocks of such shards where they lie, and is faster so; see `two_blocks`."""
+    return implementation in _TAKING_TWO_BLOCKS and _module(implementation).prefers_two_blocks(head_dim, shard_len)
 
 
 def load(implementation: str, target: Target) -> StepKernel:

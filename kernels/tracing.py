@@ -1,7 +1,7 @@
 """Block kernels that are traced and lowered once, however many steps of a ring call them.
 
-A ring of eight devices calls its kernel eight times forward and more often backward, mostly with arrays of the same
-shapes. Inside `jax.jit` those calls share one trace and one function of the lowered module. XLA inlines it.
+A ring of eight devices calls its kernel up to eight times forward and more often backward, mostly with arrays of the
+same shapes. Inside `jax.jit` those calls share one trace and one function of the lowered module. XLA inlines it.
 """
 
 import dataclasses

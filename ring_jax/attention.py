@@ -7,6 +7,7 @@ from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -120,6 +121,7 @@ def ring_attention(
         scale=_default_scale(scale, query.shape[3]),
         is_causal=bool(is_causal),
         layout=layout,
+        is_in_one_process=axes.is_in_one_process,
     )
     array_spec = PartitionSpec(axes.batch, axes.seq, axes.head)
     token_spec = PartitionSpec(axes.batch, axes.seq)
@@ -183,6 +185,7 @@ def ring_attention_shard(
         scale=_default_scale(scale, query.shape[3]),
         is_causal=bool(is_causal),
         layout=None,
+        is_in_one_process=jax.process_count() == 1 and not target.is_compile_only,
     )
     return ring.attend(query, key, value, segment_ids, positions, options)[0]
 
@@ -206,6 +209,15 @@ class _Axes:
     @property
     def target(self) -> kernels.Target:
         return _target(self.mesh)
+
+    @property
+    def is_in_one_process(self) -> bool:
+        """Whether the devices of each ring surely belong to one process."""
+        if not isinstance(self.mesh, Mesh):
+            return jax.process_count() == 1 and not self.target.is_compile_only
+        processes = np.vectorize(lambda device: device.process_index)(self.mesh.devices)
+        ring_dims = tuple(self.mesh.axis_names.index(axis) for axis in self.seq)
+        return bool((processes == processes.min(ring_dims, keepdims=True)).all())
 
     def place(self, x: Array | None, spec: PartitionSpec) -> Array | None:
         """`x` laid out by `spec`: moved to the mesh if it is elsewhere, resharded where its type says how it lies."""

@@ -10,10 +10,9 @@ def compiler_options(platform: str | None = None) -> dict[str, bool | int | str]
 
     On GPUs they let all the permutes of a step (K, V and in the backward ring sums of dK and dV, of two blocks where
     steps take two) run at once beside the kernel; by default only one collective is asynchronous at a time, and before
-    Hopper none is. Between GPUs of one process the
-    copy engines make the hops: NCCL's kernels would take multiprocessors from ours (`benchmarks/LOG.md`). By
-    XLA's source, hops between processes go by NCCL all the same; that has not been tried. Elsewhere there is nothing to
-    set.
+    Hopper none is. Between GPUs of one process the copy engines make the hops: NCCL's kernels would take
+    multiprocessors from ours (`benchmarks/LOG.md`). By XLA's source, hops between processes go by NCCL all the same;
+    that has not been tried. Elsewhere there is nothing to set.
 
     Args:
         platform: "gpu" (or "cuda"), "cpu", ...; the default backend's if None.

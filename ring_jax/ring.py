@@ -70,6 +70,8 @@ class RingOptions:
     scale: float
     is_causal: bool
     layout: str | None
+    # Whether the ring's devices belong to one process: hops are then made by copy engines, on the links of a host.
+    is_in_one_process: bool
 
 
 def attend(
@@ -175,6 +177,7 @@ def _attend_backward(options: RingOptions, residuals: tuple, cotangents: tuple[A
     if ring.size == 1:
         dq, (dk, dv) = compute(0, own_block, dq)
     elif ring.takes_two:
+        assert kernels.has_fused_backward(options.implementation, query.shape[3])
         dq, dk, dv = _differentiate_by_twos(compute, ring, options.axis_name, own_block, dq, zero)
     elif kernels.has_fused_backward(options.implementation, query.shape[3]):
         dq, dk, dv = _differentiate_in_place(compute, ring, options.axis_name, own_block, dq, zero)
@@ -278,9 +281,9 @@ def _differentiate_by_twos(
     # By how many hops each sum is away from its block's owner.
     arrived, rested, hops = (own_sums,), (sums_of_one,), (1,)
     for step in range(2, ring.size, 2):
-        # What will be added to two steps on, or is at home then.
-        to = [min(step + 2 + i, ring.size) for i in range(2)]
-        arriving = tuple(rotate(x, axis_name, by=end - h) for x, h, end in zip(rested, hops, to, strict=False))
+        # To the ranks that add to them two steps on, or home.
+        to = [min(step + 2 + i, ring.size) for i in range(len(rested))]
+        arriving = tuple(rotate(x, axis_name, by=end - h) for x, h, end in zip(rested, hops, to, strict=True))
         next_two = two if step + 2 == ring.size else rotate(two, axis_name, by=2)
         dq, rested = compute(step, two, dq, (*arrived, zeros(zero))[:2])
         two, arrived, rested, dq, zero = lax.optimization_barrier((next_two, arriving, rested, dq, zero))
@@ -308,6 +311,7 @@ def _mask(ring: "RingMasks", segment_ids: Int32[Array, "B T"] | None, step: Step
     if isinstance(held, Block):
         return ring.mask(step, segment_ids, held.segment_ids)
     assert isinstance(step, int)
+    assert segment_ids is None
     return ring.mask_of_two(step)
 
 
@@ -346,15 +350,27 @@ def is_loop(size: int) -> bool:
 
 
 def takes_two_blocks(
-    implementation: str, size: int, shard_len: int, head_dim: int, *, layout: str | None, is_causal: bool
+    implementation: str,
+    size: int,
+    shard_len: int,
+    head_dim: int,
+    *,
+    layout: str | None,
+    is_causal: bool,
+    has_segments: bool,
+    is_in_one_process: bool,
 ) -> bool:
-    """Whether steps of a ring of so many devices, without segment ids, take two blocks from the third step on.
+    """Whether steps of a ring of so many devices take two blocks from the third step on.
 
     None may be left over after the first two steps, and what a query sees of two blocks must be one run of keys. Rings
-    that are a loop take one, and hold less.
+    that are a loop take one, and hold less. So do those of several processes: the first two blocks come under the
+    kernel of one, and two sums go home under half a kernel, for which links between hosts are too slow (at 50 GB/s and
+    8K tokens, predicted, that would cost 0.6 ms forward and 2 ms backward).
     """
-    is_possible = size >= 4 and size % 2 == 0 and not is_loop(size) and (layout == "zigzag" or not is_causal)
-    return is_possible and kernels.takes_two_blocks(implementation, head_dim, shard_len)
+    if not is_in_one_process or has_segments or size < 4 or size % 2 or is_loop(size):
+        return False
+    is_one_run = layout == "zigzag" or not is_causal
+    return is_one_run and kernels.prefers_two_blocks(implementation, head_dim, shard_len)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -428,7 +444,11 @@ def _masks(
 
     rank = lax.axis_index(options.axis_name)
     is_ascending, is_even = options.layout is not None, options.layout in EVEN_LAYOUTS
-    takes_two = segment_ids is None and takes_two_blocks(
-        *(options.implementation, size, shard_len, head_dim), layout=options.layout, is_causal=options.is_causal
+    takes_two = takes_two_blocks(
+        *(options.implementation, size, shard_len, head_dim),
+        layout=options.layout,
+        is_causal=options.is_causal,
+        has_segments=segment_ids is not None,
+        is_in_one_process=options.is_in_one_process,
     )
     return RingMasks(size, rank, positions, options.is_causal, is_ascending, is_even, takes_two)

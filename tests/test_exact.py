@@ -315,7 +315,7 @@ def test_ring_whose_steps_take_two_blocks_is_exact(monkeypatch, shards, is_causa
     inputs = make_inputs(Case(2, 8 * shards, 4, 2, 8, "float32", is_causal), seed=1)
     steps, of_two = [], ring.RingMasks.mask_of_two
     monkeypatch.setattr(ring.kernels, "has_fused_backward", lambda *_: True)
-    monkeypatch.setattr(ring.kernels, "takes_two_blocks", lambda *_: True)
+    monkeypatch.setattr(ring.kernels, "prefers_two_blocks", lambda *_: True)
     monkeypatch.setattr(ring.RingMasks, "mask_of_two", lambda masks, step: steps.append(step) or of_two(masks, step))
     jax.clear_caches()
     layout = "zigzag" if is_causal else "contiguous"

@@ -1,6 +1,7 @@
 """The Mosaic GPU kernels in the interpreter, without a GPU: numbers, and races."""
 
 import dataclasses
+import functools
 import heapq
 import math
 from types import SimpleNamespace
@@ -21,9 +22,13 @@ from ring_jax.kernels import (
     mosaic_gpu_split,
     xla,
 )
-from ring_jax.kernels.contract import BlockMask, Gradients
+from ring_jax.kernels.contract import AttentionState, BlockMask, Gradients
 from ring_jax.kernels.tracing import TracedOnce
+from ring_jax.kernels.two_blocks import OneByOne
+from ring_jax.layouts import shard_positions
+from ring_jax.ring import RingMasks
 from tests.block_cases import Case, arrays, blocks, failures
+from tests.budget import error
 
 # Tiles are 128 or 192 queries and 64 or 128 keys: these have full, partial and empty tiles, tails or none,
 # and every route through the kernels. One block is both first and last, and of three the middle one is merged in place;
@@ -104,6 +109,46 @@ def test_query_tiles_shared_by_programs_agree_with_the_oracle_without_races(case
     found = _interpreted(case, _FORWARD_ONLY)
     assert max(shared) > 0
     assert failures(case, found) == []
+    assert _races(capfd.readouterr().out) == []
+
+
+@pytest.mark.parametrize(("rank", "query_tiles", "key_tiles"), [(2, 0, 0), (3, 1, 2)])
+def test_two_blocks_of_a_zigzag_ring_are_as_both_in_one(rank, query_tiles, key_tiles, capfd, monkeypatch):
+    """The third step of a ring of four. Every query of rank 3 sees half of the keys, and so many tiles are shared.
+
+    Rank 2 has the blocks of ranks 0 and 3: the first half of its queries sees a quarter of them, the second three.
+    """
+    monkeypatch.setattr(mosaic_gpu_split, "MULTIPROCESSORS", 3)
+    monkeypatch.setattr(mosaic_gpu_queue, "_SHARING_STEPS", -1)
+    ranges, splits = _watched_ranges(monkeypatch), _watched_splits(monkeypatch)
+    length, scale = 256, 128**-0.5
+    positions = functools.partial(shard_positions, "zigzag", shard_len=length, num_shards=4)
+    mask = RingMasks(4, rank, positions, True, is_even=True, takes_two=True).mask_of_two(2)
+    rng = np.random.default_rng(rank)
+
+    def draw(shape, dtype=jnp.float32) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
+
+    def draw_two(shape, dtype=jnp.float32) -> tuple[jax.Array, jax.Array]:
+        return draw(shape, dtype), draw(shape, dtype)
+
+    query, d_out = draw_two((1, length, 2, 128), jnp.bfloat16)
+    keys, values = (draw_two((1, length, 1, 128), jnp.bfloat16) for _ in range(2))
+    state = AttentionState(draw(query.shape), draw((1, 2, length)))
+    want = OneByOne(_Kernel(xla.forward, _plain_backward, xla.finished_d_query))
+    given = query, keys, values
+    exact = want.forward(*given, state, mask.alone(), scale=scale)
+    sums, dq = draw_two((1, 2, length, 1, 128)), jnp.zeros(query.shape, jnp.float32)
+    gradients = d_out, exact.lse, draw(state.lse.shape), dq, sums, mask
+    exact_gradients = want.backward(*given, *gradients, scale=scale)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        found = mosaic_gpu.forward(*given, state, mask, scale=scale)
+        found_gradients = mosaic_gpu.backward(*given, *gradients, scale=scale)
+        dq = mosaic_gpu.finished_d_query(found_gradients.dq, scale=scale)
+    jax.effects_barrier()
+    assert (set(ranges), set(splits)) == ({query_tiles}, {key_tiles})
+    results = (*found, dq, *found_gradients.sums), (*exact, exact_gradients.dq, *exact_gradients.sums)
+    assert [error(np.asarray(x), np.asarray(y)) < 0.01 for x, y in zip(*results, strict=True)] == [True] * 5
     assert _races(capfd.readouterr().out) == []
 
 

@@ -82,8 +82,9 @@ def test_hops_and_their_bytes(shards: int, with_segments: bool):
 
 
 _SHORT: dict[str, Any] = dict(
-    implementation="mosaic_gpu", size=8, shard_len=8192, head_dim=128, layout="zigzag", is_causal=True
-)
+    implementation="mosaic_gpu", size=8, shard_len=8192, head_dim=128, layout="zigzag", is_causal=True,
+    has_segments=False, is_in_one_process=True,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -100,6 +101,8 @@ _SHORT: dict[str, Any] = dict(
         ({"layout": "contiguous"}, False),
         ({"layout": "contiguous", "is_causal": False}, True),
         ({"layout": None}, False),
+        ({"has_segments": True}, False),
+        ({"is_in_one_process": False}, False),
         ({"implementation": "triton"}, False),
         ({"implementation": "mosaic_gpu_deterministic"}, False),
     ],
