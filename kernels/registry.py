@@ -17,7 +17,7 @@ from .ptxas import miscompiling_reason
 from .tracing import TracedOnce
 from .triton_gpu import compute_capability
 from .triton_gpu import target as triton_target
-from .two_blocks import OneByOne
+from .two_blocks import TwoAsOne
 
 _MODULES = {
     "mosaic_gpu": "mosaic_gpu",
@@ -146,7 +146,7 @@ def load(implementation: str, target: Target) -> StepKernel:
     if implementation == "triton":
         assert target.compute_capability is not None
         kernel = _TritonFor(kernel, target.compute_capability)
-    kernel = kernel if implementation in _TAKING_TWO_BLOCKS else OneByOne(kernel)
+    kernel = kernel if implementation in _TAKING_TWO_BLOCKS else TwoAsOne(kernel)
     kernel = Mappable(kernel) if implementation in _WITHOUT_VMAP else kernel
     return TracedOnce(kernel, can_index_blocks=implementation in _INDEXING_BLOCKS)
 

@@ -1,10 +1,10 @@
 """Two blocks that a kernel takes at once: in what order it takes their keys, and kernels that know of one block only.
 
-A kernel that continues a state reads and writes all of it, and of the gradients of the queries too. Where a shard is
-short that is a large part of a step's time, and half as much if a step takes the blocks of two ranks. Their keys are
-folded: first the first halves of both blocks, then the second halves, the second block's before the first one's. In a
-zigzag ring what a query sees of two blocks, of ranks of which the first is not the higher one unless both are on the
-same side of the query's rank, is then one run of keys, as it is in one block.
+A step of a ring reads and writes all of the running state, and backward all gradients of the queries. Where shards are
+short that is a large part of its time, and half as much if it takes the blocks of two ranks. Their keys are folded:
+first the first halves of both blocks, then the second halves, the second block's before the first one's. In a zigzag
+ring a step takes the blocks of the ranks `step` and `step + 1` places before, in this order. What a query sees of both
+is then one run of keys, as it is of one block, also where the first is rank 0's and the second that of the last rank.
 """
 
 import dataclasses
@@ -46,8 +46,8 @@ def for_block_of_tile(
 
 
 @dataclasses.dataclass(frozen=True)
-class OneByOne:
-    """A kernel that knows of one block only, given two: as one block of both, put together in memory."""
+class TwoAsOne:
+    """A kernel that knows of one block only. Two are given to it as one, put together in memory."""
 
     kernel: BlockKernel
 

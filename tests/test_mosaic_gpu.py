@@ -24,7 +24,7 @@ from ring_jax.kernels import (
 )
 from ring_jax.kernels.contract import AttentionState, BlockMask, Gradients
 from ring_jax.kernels.tracing import TracedOnce
-from ring_jax.kernels.two_blocks import OneByOne
+from ring_jax.kernels.two_blocks import TwoAsOne
 from ring_jax.layouts import shard_positions
 from ring_jax.ring import RingMasks
 from tests.block_cases import Case, arrays, blocks, failures
@@ -135,7 +135,7 @@ def test_two_blocks_of_a_zigzag_ring_are_as_both_in_one(rank, query_tiles, key_t
     query, d_out = draw_two((1, length, 2, 128), jnp.bfloat16)
     keys, values = (draw_two((1, length, 1, 128), jnp.bfloat16) for _ in range(2))
     state = AttentionState(draw(query.shape), draw((1, 2, length)))
-    want = OneByOne(_Kernel(xla.forward, _plain_backward, xla.finished_d_query))
+    want = TwoAsOne(_Kernel(xla.forward, _plain_backward, xla.finished_d_query))
     given = query, keys, values
     exact = want.forward(*given, state, mask.alone(), scale=scale)
     sums, dq = draw_two((1, 2, length, 1, 128)), jnp.zeros(query.shape, jnp.float32)

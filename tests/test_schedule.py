@@ -46,7 +46,7 @@ def test_every_hop_is_hidden_and_nothing_is_copied(gpu, implementation, segments
     assert [set(move.opcodes) for move in gradient.schedule.moves] in ([], [{"convert"}])
 
 
-@pytest.mark.parametrize(("is_causal", "sizes"), [(True, (8, 10)), (True, (3, 5))])
+@pytest.mark.parametrize(("is_causal", "sizes"), [(True, (8, 10)), (True, (3, 5)), (False, (3, 5))])
 def test_positions_and_tiles_are_computed_once_for_all_steps(is_causal, sizes):
     """What a step launches is its block kernel and nothing else, backward too; there the own block takes two.
 
@@ -60,6 +60,8 @@ def test_positions_and_tiles_are_computed_once_for_all_steps(is_causal, sizes):
         kernels = size if size % 2 else 1 + size // 2
         assert forward.num_kernels == kernels
         assert gradient.num_kernels == kernels + kernels + 1
+        assert forward.num_exposed == gradient.num_exposed == 0
+        assert forward.block_copies == gradient.block_copies == ()
         # The sums of the own block's dK and dV are added up and rounded at the end.
         assert len([m for m in gradient.others if "add" in m.opcodes and m.num_bytes >= gradient.block_bytes]) == 1
         others.append((forward.num_others, gradient.num_others))
