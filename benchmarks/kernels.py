@@ -28,7 +28,7 @@ from jaxtyping import Array
 
 from ring_jax import kernels
 from ring_jax.kernels.registry import Target
-from ring_jax.ring import takes_two_blocks
+from ring_jax.ring_steps import RingSteps
 
 from .cases import GRID_BENCHMARKS, KERNEL_BENCHMARKS, ONE_BLOCK, PRECISION, REPLAYS, Case
 from .gate import Gate
@@ -110,15 +110,17 @@ def whole(implementation: str, case: Case) -> Program:
 
 def of_rank(implementation: str, case: Case, replay: Replay) -> Program:
     """What a rank of a ring on one host computes, with as many blocks a step as that ring takes."""
-    shape = replay.num_shards, case.seq_len // replay.num_shards, case.head_dim
-    takes_two = takes_two_blocks(
-        *(implementation, *shape),
+    shard_len = case.seq_len // replay.num_shards
+    shapes = [(case.batch, shard_len, heads, case.head_dim) for heads in (case.num_heads, case.num_kv_heads)]
+    steps = RingSteps.of(
+        *(implementation, *shapes),
+        size=replay.num_shards,
         layout=replay.layout,
         is_causal=case.is_causal,
         has_segments=case.segments != "none",
         is_in_one_process=True,
     )
-    return Program(implementation, case, dataclasses.replace(replay, takes_two=takes_two))
+    return Program(implementation, case, dataclasses.replace(replay, steps=steps))
 
 
 def programs(implementations: list[str]) -> list[Program]:
@@ -127,7 +129,7 @@ def programs(implementations: list[str]) -> list[Program]:
     replays = [
         of_rank(i, case, Replay(shards, rank, "zigzag", case.is_causal))
         for case, shards in REPLAYS
-        for rank in (0, shards - 1)
+        for rank in (0, shards // 2, shards - 1)
         for i in implementations
     ]
     return plain + replays + [whole(i, c) for c in GRID_BENCHMARKS for i in implementations if i == "mosaic_gpu"]

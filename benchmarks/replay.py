@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from ring_jax.kernels import AttentionState, BlockMask, Blocks, StepKernel
 from ring_jax.layouts import EVEN_LAYOUTS, check_layout, shard_positions
-from ring_jax.ring import RingMasks, Step, is_loop
+from ring_jax.ring_steps import RingMasks, RingSteps, Step, Steps, is_loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Replay:
     rank: int = 0
     layout: str = "zigzag"
     is_causal: bool = True
-    # Whether steps from the third on take two blocks each, as those of some kernels do (`ring.takes_two_blocks`).
-    takes_two: bool = False
+    # What the steps take, if not a block each.
+    steps: RingSteps | None = None
 
     def __post_init__(self):
         if not 0 <= self.rank < self.num_shards:
@@ -43,12 +43,9 @@ class Replay:
         return [(self.rank - step) % self.num_shards for step in range(self.num_shards)]
 
     @property
-    def steps(self) -> list[tuple[int, ...]]:
-        """Whose block, or two blocks, each step takes."""
-        owners = self.owners
-        if not self.takes_two:
-            return [(owner,) for owner in owners]
-        return [(owners[0],), (owners[1],), *itertools.batched(owners[2:], 2)]
+    def ring_steps(self) -> RingSteps:
+        """What the steps take."""
+        return RingSteps.one_by_one(self.num_shards) if self.steps is None else self.steps
 
     @property
     def begun(self) -> list[int]:
@@ -57,7 +54,8 @@ class Replay:
         Each block has two sums, of every second rank's shares; where steps take two blocks also two of the ranks that
         take it second.
         """
-        return [self.owners[i] for i in ((0, 1, 3, 5) if self.takes_two else (0, 1)) if i < self.num_shards]
+        takes_two = max(map(len, self.ring_steps.backward)) > 1
+        return [self.owners[i] for i in ((0, 1, 3, 5) if takes_two else (0, 1)) if i < self.num_shards]
 
     @property
     def is_loop(self) -> bool:
@@ -69,22 +67,24 @@ class Replay:
         check_layout(self.layout, shard_len * self.num_shards, self.num_shards)
         return shard_positions(self.layout, rank, shard_len, self.num_shards)
 
+    def by_owners(self, steps: Steps) -> list[tuple[int, ...]]:
+        """Whose blocks each of the steps takes."""
+        return [tuple(self.owners[i] for i in hops) for hops in steps]
+
     def mask(
-        self, owners: Sequence[Step], shard_len: int, segment_ids: Int32[Array, "num_shards B T"] | None
+        self, steps: Steps, owners: Sequence[Step], shard_len: int, segment_ids: Int32[Array, "num_shards B T"] | None
     ) -> BlockMask:
-        """The mask of the step that takes the block of the owner, or of two, as the ring has it."""
+        """The mask of the one of the steps that takes the blocks of these owners, as the ring has it."""
         positions = functools.partial(self.positions, shard_len=shard_len)
         is_even = self.layout in EVEN_LAYOUTS
-        masks = RingMasks(
-            self.num_shards, self.rank, positions, self.is_causal, is_even=is_even, takes_two=self.takes_two
-        )
-        step = (self.rank - owners[0]) % self.num_shards
-        if len(owners) > 1:
-            assert isinstance(step, int)
+        masks = RingMasks(self.num_shards, self.rank, positions, self.is_causal, is_even=is_even)
+        if max(map(len, steps)) > 1:
             assert segment_ids is None
-            return masks.mask_of_two(step)
-        ids = (None, None) if segment_ids is None else (segment_ids[self.rank], segment_ids[owners[0]])
-        return masks.mask(step, *ids)
+            of_steps: list[Sequence[Step]] = [*self.by_owners(steps)]
+            return masks.of_steps(steps)[of_steps.index(owners)]
+        (owner,) = owners
+        ids = (None, None) if segment_ids is None else (segment_ids[self.rank], segment_ids[owner])
+        return masks.mask((self.rank - owner) % self.num_shards, *ids)
 
 
 def replay_forward(
@@ -96,14 +96,14 @@ def replay_forward(
     segment_ids: Int32[Array, "num_shards B T"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B N T"]]:
     """The rank's output in the query's dtype and its logsumexp, as the ring computes them."""
-    scale = query.shape[3] ** -0.5
+    scale, steps = query.shape[3] ** -0.5, replay.ring_steps.forward
 
     def attend(state: AttentionState | None, owners: Sequence[Step], is_last: bool = False) -> AttentionState:
-        mask = replay.mask(owners, query.shape[1], segment_ids)
+        mask = replay.mask(steps, owners, query.shape[1], segment_ids)
         blocks = _of_owners(keys, owners), _of_owners(values, owners)
         return lax.optimization_barrier(kernel.forward(query, *blocks, state, mask, scale=scale, is_last=is_last))
 
-    first, *others = replay.steps
+    first, *others = replay.by_owners(steps)
     state = attend(None, first, is_last=not others)
     if others:
         state, _ = _for_each(lambda state, owners: (attend(state, owners), ()), state, others[:-1], replay.is_loop)
@@ -133,7 +133,7 @@ def replay_backward(
     """
     assert not replay.is_loop or not jax.tree.leaves(arriving), "in a loop nothing arrives"
     delta = jnp.sum(d_out.astype(jnp.float32) * output.astype(jnp.float32), axis=-1).swapaxes(1, 2)
-    scale, is_only = query.shape[3] ** -0.5, replay.num_shards == 1
+    scale, is_only, steps = query.shape[3] ** -0.5, replay.num_shards == 1, replay.ring_steps.backward
 
     def differentiate(dq: Array, owners: Sequence[Step]) -> tuple[Array, tuple[Any, ...]]:
         given = [None if arriving is None or not isinstance(owner, int) else arriving[owner] for owner in owners]
@@ -144,7 +144,7 @@ def replay_backward(
             zeros = jnp.broadcast_to(zero, (keys.shape[1], 2, *keys.shape[2:]))
             sums = tuple(zeros if x is None else x for x in given)
             sums = sums if len(sums) > 1 else sums[0]
-        mask = replay.mask(owners, query.shape[1], segment_ids)
+        mask = replay.mask(steps, owners, query.shape[1], segment_ids)
         arrays = (query, _of_owners(keys, owners), _of_owners(values, owners), d_out, lse, delta, dq, sums)
         dq, shares = kernel.backward(*arrays, mask, scale=scale, is_only=is_only)
         shares = shares if len(owners) > 1 else (shares,)
@@ -152,7 +152,7 @@ def replay_backward(
             shares = tuple(s if x is None else jax.tree.map(jnp.add, x, s) for x, s in zip(given, shares, strict=True))
         return lax.optimization_barrier((dq, shares))
 
-    first, *others = replay.steps
+    first, *others = replay.by_owners(steps)
     dq, shares = differentiate(jnp.zeros(query.shape, jnp.float32), first)
     dq, more = _for_each(differentiate, dq, others, replay.is_loop)
     by_owner = dict(zip(replay.owners, itertools.chain(shares, *more), strict=True))
@@ -161,10 +161,8 @@ def replay_backward(
 
 
 def _of_owners(blocks: Float[Array, "num_shards B T K H"], owners: Sequence[Step]) -> Blocks:
-    """The keys or values of one block, or of two."""
-    if len(owners) == 1:
-        return blocks[owners[0]]
-    return blocks[owners[0]], blocks[owners[1]]
+    """The keys or values of one block, or of several."""
+    return blocks[owners[0]] if len(owners) == 1 else tuple(blocks[owner] for owner in owners)
 
 
 def _for_each[C, Y](

@@ -2,8 +2,8 @@
 
     python -m benchmarks.ring --out benchmarks/results
 
-Without hops every rank computes all its steps on its own block: as much work, wrong results; where a step takes two
-blocks, both are the own one and are read from the cache more often. Both take turns. Output
+Without hops every rank computes all its steps on its own block: as much work, wrong results; where a step takes several
+blocks, all are the own one and are read from the cache more often. Both take turns. Output
 and dQ of the first and the last rank of the real ring are compared with float64 before anything is timed. Without a GPU
 it runs on 8 virtual CPU devices, and shows that it works, not how fast a ring is.
 """

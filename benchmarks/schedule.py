@@ -8,6 +8,7 @@ reads both schedules. Every figure is exact for the compiled program; nothing is
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -23,7 +24,7 @@ import ring_jax
 from ring_jax import kernels
 from ring_jax.cluster import Schedule, compile_only_devices, read_schedule
 from ring_jax.mesh import parse_mesh
-from ring_jax.ring import takes_two_blocks
+from ring_jax.ring_steps import RingSteps, Steps
 
 GIB = 2**30
 
@@ -112,14 +113,14 @@ def compile_ring(case: RingCase) -> tuple[CompiledRing, CompiledRing]:
     options = ring_jax.compiler_options("gpu")
     jit = functools.partial(jax.jit, compiler_options=options)
     hops, chosen = shape["seq"] - 1, case.chosen(devices[0])
-    takes_two = takes_two_blocks(
-        *(chosen, shape["seq"], case.tokens_per_gpu, case.head_dim),
+    steps = RingSteps.of(
+        *(chosen, *((1, case.tokens_per_gpu, heads, case.head_dim) for heads in case.num_heads)),
+        size=shape["seq"],
         layout=case.layout,
         is_causal=case.is_causal,
         has_segments=case.segments,
         is_in_one_process=size == gpus,
     )
-    held = 2 if takes_two else 1
     key_bytes, id_bytes = _device_bytes(k), 0 if ids is None else _device_bytes(ids)
     block_sent = hops * (2 * key_bytes + id_bytes)
     # dK and dV travel in float32, and make one hop more than K and V: home to their owner, rounded if complete.
@@ -135,12 +136,12 @@ def compile_ring(case: RingCase) -> tuple[CompiledRing, CompiledRing]:
         return CompiledRing(name, schedule, memory.temp_size_in_bytes, necessary_bytes, sent)
 
     return (
-        compiled("forward", forward, (q, k, k, ids), _necessary_forward(q, k, held), block_sent),
+        compiled("forward", forward, (q, k, k, ids), _necessary_forward(q, k, steps.forward), block_sent),
         compiled(
             "gradient",
             gradient,
             (q, k, k, ids, q),
-            _necessary_backward(q, k, held),
+            _necessary_backward(q, k, steps.backward),
             2 * block_sent + (gradients_sent if hops else 0),
         ),
     )
@@ -165,14 +166,16 @@ def _device_bytes(x: jax.ShapeDtypeStruct, itemsize: int | None = None) -> int:
     return math.prod(x.sharding.shard_shape(x.shape)) * (itemsize or x.dtype.itemsize)
 
 
-def _necessary_forward(q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct, held: int) -> int:
-    """Float32 output, two K/V buffers for each block that a step holds, logsumexp."""
-    return _device_bytes(q, 4) + held * 2 * 2 * _device_bytes(k) + _row_bytes(q)
+def _necessary_forward(q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct, steps: Steps) -> int:
+    """Float32 output, K and V of the blocks that came for a step and of those that arrive meanwhile, logsumexp."""
+    came = [0, *map(len, steps[1:])]
+    held = max((here + arriving for here, arriving in itertools.pairwise(came)), default=0)
+    return _device_bytes(q, 4) + held * 2 * _device_bytes(k) + _row_bytes(q)
 
 
-def _necessary_backward(q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct, held: int) -> int:
-    """Float32 dQ, the saved output, for each block two K/V and two float32 dK/dV buffers, logsumexp and delta."""
-    of_blocks = held * 2 * 2 * (_device_bytes(k) + _device_bytes(k, 4))
+def _necessary_backward(q: jax.ShapeDtypeStruct, k: jax.ShapeDtypeStruct, steps: Steps) -> int:
+    """Float32 dQ, the saved output, logsumexp and delta, and two K/V and dK/dV buffers for each block of a step."""
+    of_blocks = max(map(len, steps)) * 2 * 2 * (_device_bytes(k) + _device_bytes(k, 4))
     return _device_bytes(q, 4) + _device_bytes(q) + of_blocks + 2 * _row_bytes(q)
 
 

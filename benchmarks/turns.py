@@ -90,8 +90,8 @@ def compare(program: Program, config: Config, target: Target) -> Iterator[dict[s
         ValueError: a form's result is wrong.
     """
     # Older kernels take one block at a time.
-    takes_two = program.replay.takes_two and hasattr(sys.modules[OTHER], "prefers_two_blocks")
-    replay = dataclasses.replace(program.replay, takes_two=takes_two)
+    takes_several = hasattr(sys.modules[OTHER], "prefers_several_blocks")
+    replay = dataclasses.replace(program.replay, steps=program.replay.steps if takes_several else None)
     other = OtherProgram(program.implementation, program.case, replay, package=OTHER)
     arrays = draw(program)
     gate = Gate(program.case, program.replay, arrays)

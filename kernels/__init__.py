@@ -13,7 +13,7 @@ from .registry import Target as Target
 from .registry import choose as choose
 from .registry import has_fused_backward as has_fused_backward
 from .registry import load as load
-from .registry import prefers_two_blocks as prefers_two_blocks
+from .registry import prefers_several_blocks as prefers_several_blocks
 from .registry import works_with_check_vma as works_with_check_vma
-from .two_blocks import folded as folded
+from .several_blocks import folded as folded
 from .varying import match_varying as match_varying

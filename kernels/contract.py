@@ -47,8 +47,9 @@ class BlockMask:
     a number only: XLA sees what kernels compute from the positions as the same for all, and computes it once. Such a
     mask has no segment ids. Only implementations that `registry` says can index blocks are given one.
 
-    `is_even` says that queries that see any key see about as many as others do, and keys likewise. It changes
-    results by rounding only: kernels choose by it in what order and by how many programs their tiles are taken.
+    `is_even` says that queries that see any key see about as many as others do, and keys likewise; of several blocks
+    taken at once, queries of each half of the shard. It changes results by rounding only: kernels choose by it in what
+    order and by how many programs their tiles are taken.
     """
 
     q_positions: Int32[Array, " T"]
@@ -83,16 +84,16 @@ class BlockMask:
         )
 
 
-# The keys or the values of a step: of one block, or of two that are taken at once.
-type Blocks = Float[Array, "B S K H"] | tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
+# The keys or the values of a step: of one block, or of several that are taken at once.
+type Blocks = Float[Array, "B S K H"] | tuple[Float[Array, "B S K H"], ...]
 # Sums of dK and dV, of each of the step's blocks.
-type Sums = Float32[Array, "B 2 S K H"] | tuple[Float32[Array, "B 2 S K H"], Float32[Array, "B 2 S K H"]]
+type Sums = Float32[Array, "B 2 S K H"] | tuple[Float32[Array, "B 2 S K H"], ...]
 
 
 class Gradients(NamedTuple):
     """Gradients after one block: `dq` is the given `dq` plus this block's share, and `sums` the given `sums` plus its.
 
-    `sums` holds dK and dV, of two blocks those of each. Where none were given they are a new pair of this block's:
+    `sums` holds dK and dV, of several blocks those of each. Where none were given they are a new pair of this block's:
     float32, or in the key's dtype if the block is the only one.
     """
 
@@ -167,10 +168,10 @@ class BlockKernel(Protocol):
 
 
 class StepKernel(Protocol):
-    """A block kernel that takes two blocks at once too, as steps of some rings do: what `registry.load` gives.
+    """A block kernel that takes several blocks at once too, as steps of some rings do: what `registry.load` gives.
 
-    Keys, values and sums are then pairs, and the mask has no segment ids and the key positions of both blocks, in the
-    order of `two_blocks.folded`. `registry.prefers_two_blocks` says where that is faster.
+    Keys, values and sums are then tuples, and the mask has no segment ids and the key positions of all of the blocks,
+    in the order of `several_blocks.folded`. `registry.prefers_several_blocks` says where that is faster.
     """
 
     def forward(
@@ -202,7 +203,7 @@ class StepKernel(Protocol):
         scale: float,
         is_only: bool = False,
     ) -> Gradients:
-        """Like `BlockKernel.backward`. Of two blocks `sums` are given."""
+        """Like `BlockKernel.backward`. Of several blocks `sums` are given."""
         ...
 
     def finished_d_query(self, dq: Float32[Array, "B T N H"], *, scale: float) -> Float32[Array, "B T N H"]:

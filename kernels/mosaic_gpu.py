@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Float32
 from .contract import AttentionState, BlockMask, Blocks, Gradients, Sums
 from .mosaic_gpu_backward import differentiate, in_order
 from .mosaic_gpu_choices import default_backward_config, default_forward_config
-from .mosaic_gpu_choices import prefers_two_blocks as prefers_two_blocks
+from .mosaic_gpu_choices import prefers_several_blocks as prefers_several_blocks
 from .mosaic_gpu_forward import attend
 from .mosaic_gpu_two_pass import differentiate_keys, differentiate_queries
 
@@ -101,8 +101,7 @@ def backward(
         assert query.shape[3] == columns
         _refuse(query, scale)
         given = query, key, value, d_out, lse, delta, dq, sums, mask
-        dq, (first, second) = differentiate(*given, scale=scale, is_only=is_only, config=config)
-        return Gradients(dq, (first, second))
+        return Gradients(*differentiate(*given, scale=scale, is_only=is_only, config=config))
     assert not isinstance(value, tuple)
     assert not isinstance(sums, tuple)
     if query.shape[3] > MAX_FUSED_HEAD_DIM:

@@ -319,14 +319,14 @@ def differentiate(
     is_only: bool,
     config: BackwardConfig,
 ) -> tuple[Float32[Array, "B T N H"], tuple[Array, ...]]:
-    """dQ and the sums of each block after one block, or two at once, added in place, to `dq` in no fixed order.
+    """dQ and the sums of each block after one block, or several at once, added in place, to `dq` in no fixed order.
 
-    T and S are multiples of 8, of two blocks S of two key tiles. Without `sums` a block's dK and dV come alone. Shares
-    are added to `dq` as they lie in registers: `in_order` makes the gradient of it.
+    T and S are multiples of 8, of several blocks S of two key tiles. Without `sums` a block's dK and dV come alone.
+    Shares are added to `dq` as they lie in registers: `in_order` makes the gradient of it.
     """
     batch, num_queries, num_heads, head_dim = query.shape
     num_keys, num_kv_heads = sum(key.shape[1] for key in keys), keys[0].shape[2]
-    assert len(keys) == 1 or (len(sums) == 2 and num_keys % (4 * config.k_tile) == 0)
+    assert len(keys) == 1 or (len(sums) == len(keys) and num_keys % (2 * len(keys) * config.k_tile) == 0)
     group = num_heads // num_kv_heads
     key_tiles = -(-num_keys // config.k_tile)
     num_steps = group * -(-num_queries // config.q_tile)

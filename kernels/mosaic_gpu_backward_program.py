@@ -15,7 +15,7 @@ from .mosaic_gpu_choices import BACKWARD_WARPGROUPS
 from .mosaic_gpu_masks import Walk
 from .mosaic_gpu_primitives import WARPGROUP_ROWS, Ref, slot_of
 from .mosaic_gpu_split import Numbers, Place, Share, Splits
-from .two_blocks import for_block_of_tile
+from .several_blocks import block_of_tile, for_block
 
 
 class QueryPlace(NamedTuple):
@@ -136,7 +136,8 @@ class Program:
     def for_block_of(self, key_tile: jax.Array, use: Callable[[int, jax.Array], None]) -> None:
         """Calls `use` with the block that a key tile is of, and the tile's number in it."""
         keys = self.inputs.keys
-        for_block_of_tile(key_tile, keys[0].shape[1] // self.block.config.k_tile, len(keys), use)
+        block, tile = block_of_tile(key_tile, keys[0].shape[1] // self.block.config.k_tile, len(keys))
+        for_block(block, len(keys), lambda number: use(number, tile))
 
     def slot(self, step: jax.Array) -> jax.Array:
         return slot_of(step, self.block.config.stages)

@@ -16,7 +16,7 @@ BACKWARD_WARPGROUPS = 2
 # are taken together.
 _ENOUGH_OF_A_HEAD, _ENOUGH_TOGETHER = 0.95, 1.9
 _BACKWARD_COSTS = SplitCosts(program=4, sharing=1)
-# Shards of up to so many tokens are taken two at a time. At 16K the last rank gained too; the first was not timed.
+# Shards of up to so many tokens are taken several at a time.
 _SHORT_SHARD = 8192
 # Of the 50 MB of an H100's and an H200's L2 cache, what keys and values find there again.
 _L2_BYTES = 20 << 20
@@ -72,7 +72,7 @@ def default_forward_config(head_dim: int, *, has_segments: bool) -> ForwardConfi
 
 
 def forward_has_ranges(mask: BlockMask, config: ForwardConfig) -> bool:
-    """Whether all query tiles that see anything take equally long, so that the last ones' steps can be shared.
+    """Whether query tiles that see anything take equally long or are of two lengths: the last ones' steps are shared.
 
     Three warpgroups are short of registers for it.
     """
@@ -108,8 +108,8 @@ def forward_heads_together(mask: BlockMask, query: Float[Array, "B T N H"], key:
     return max(heads for heads in range(1, all_heads + 1) if all_heads % heads == 0 and heads <= max(in_cache, 1))
 
 
-def prefers_two_blocks(head_dim: int, shard_len: int) -> bool:
-    """Whether two blocks of such shards are better taken at once: where these are short the state is much of a step.
+def prefers_several_blocks(head_dim: int, shard_len: int) -> bool:
+    """Whether several blocks of such shards are better taken at once: in short ones the state is much of a step.
 
     Half of a block must be whole tiles of keys.
     """

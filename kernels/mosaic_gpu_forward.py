@@ -302,14 +302,14 @@ def attend(
     is_last: bool,
     config: ForwardConfig,
 ) -> AttentionState:
-    """Folds one block into `state`, or two at once, in place.
+    """Folds one block into `state`, or several at once, in place.
 
-    T and S are multiples of 8 (beyond those of `mask`: padding), of two blocks S of two key tiles, and H of 32. None is
-    the state before any key. With `is_last` the output comes in the query's dtype.
+    T and S are multiples of 8 (beyond those of `mask`: padding), S of several blocks one of two key tiles, and H one of
+    32. None is the state before any key. With `is_last` the output comes in the query's dtype.
     """
     batch, num_queries, num_heads, head_dim = query.shape
     num_keys, kv_heads = sum(key.shape[1] for key in keys), keys[0].shape[2]
-    assert len(keys) == 1 or num_keys % (4 * config.k_tile) == 0
+    assert len(keys) == 1 or num_keys % (2 * len(keys) * config.k_tile) == 0
     row_tiles, key_tiles = -(-num_queries // config.q_tile), -(-num_keys // config.k_tile)
     group, in_place = num_heads // kv_heads, state is not None and not is_last
     queue = Queue.of(

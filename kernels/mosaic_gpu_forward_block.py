@@ -23,7 +23,7 @@ class Inputs(NamedTuple):
     """Arrays (outside) or references (inside) that the kernel reads."""
 
     query: Float[Array, "B T N H"]
-    # Of one block, or of two that are taken at once.
+    # Of one block, or of several that are taken at once.
     keys: tuple[Float[Array, "B S K H"], ...]
     values: tuple[Float[Array, "B S K H"], ...]
     mask: MaskInputs

@@ -1,7 +1,7 @@
 """A program of the forward kernel on Hopper, and the warpgroup of it that looks its work up and copies all of it."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -12,7 +12,16 @@ from jax import lax
 from .mosaic_gpu_forward_block import Block, Partial, Scratch
 from .mosaic_gpu_primitives import WARPGROUP_ROWS, Ref, slot_of
 from .mosaic_gpu_queue import Piece, Position
-from .two_blocks import for_block_of_tile
+from .several_blocks import block_of_tile, for_block
+
+
+class KeyTile(NamedTuple):
+    """A tile of keys: of which sequence and head, and in which of the blocks that are taken at once."""
+
+    batch: jax.Array
+    kv_head: jax.Array
+    block: jax.Array
+    tile: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,15 +100,26 @@ class Program:
     ) -> tuple[Position, jax.Array]:
         """Copies all that a piece takes. Returns the position and the steps of the next one, looked up meanwhile."""
 
+        # What these warps do takes time from those that compute: what a step has to know is read before the steps.
+        piece = self.piece(number)
+        kv_head = lax.div(piece.head, jnp.int32(self.block.group))
+
+        def key_tile(step: jax.Array) -> KeyTile:
+            tiles_of_block = self.inputs.keys[0].shape[1] // self.block.config.k_tile
+            block, tile = block_of_tile(piece.walk.tile(step), tiles_of_block, len(self.inputs.keys))
+            return KeyTile(piece.batch, kv_head, block, tile)
+
         @pl.loop(0, steps - 1)
         def _copy_all_but_last(step):
-            self.copy_keys(step, number, copies_before)
-            self.copy_values(step, steps, number, copies_before)
+            tile = key_tile(step)
+            self.copy_keys(tile, step, number, copies_before)
+            self.copy_values(tile, step, steps, number, copies_before)
 
-        self.copy_keys(steps - 1, number, copies_before)
+        last = key_tile(steps - 1)
+        self.copy_keys(last, steps - 1, number, copies_before)
         # Here there is time for it: the place of the last values is not free yet.
         following = self.announce_next(position, end, number + 1)
-        self.copy_values(steps - 1, steps, number, copies_before)
+        self.copy_values(last, steps - 1, steps, number, copies_before)
         if not self.block.config.early_state:
             # The output comes to lie where queries, keys and values do.
             self.wait_for_last_readers(steps)
@@ -110,31 +130,31 @@ class Program:
         """A piece. Read where it is needed: kept through loops it would cost registers."""
         return Piece.read(self.scratch.numbers_of_piece(number))
 
-    def copy_tile(self, blocks: tuple[Ref, ...], step: jax.Array, number: jax.Array, target: Ref, ready: Ref) -> None:
-        """Copies the tile of keys, or of values, of a step."""
-        piece, k_tile = self.piece(number), self.block.config.k_tile
-        kv_head = lax.div(piece.head, jnp.int32(self.block.group))
+    def copy_tile(self, blocks: tuple[Ref, ...], tile: KeyTile, target: Ref, ready: Ref) -> None:
+        """Copies a tile of keys, or of values."""
+        keys = pl.ds(tile.tile * self.block.config.k_tile, self.block.config.k_tile)
 
-        def copy(block: int, tile: jax.Array) -> None:
-            source = blocks[block].at[piece.batch, pl.ds(tile * k_tile, k_tile), kv_head]
-            plgpu.copy_gmem_to_smem(source, target, ready)
+        def copy(block: int) -> None:
+            plgpu.copy_gmem_to_smem(blocks[block].at[tile.batch, keys, tile.kv_head], target, ready)
 
-        for_block_of_tile(piece.walk.tile(step), blocks[0].shape[1] // k_tile, len(blocks), copy)
+        for_block(tile.block, len(blocks), copy)
 
-    def copy_keys(self, step: jax.Array, number: jax.Array, copies_before: jax.Array) -> None:
+    def copy_keys(self, tile: KeyTile, step: jax.Array, number: jax.Array, copies_before: jax.Array) -> None:
         """Copies the keys of a step, and after the first ones the queries, whose place is free later."""
         scratch, copy = self.scratch, copies_before + step
         slot = self.slot(copy)
         pl.when(copy >= self.block.config.stages)(lambda: plgpu.barrier_wait(scratch.key_free.at[slot]))
-        self.copy_tile(self.inputs.keys, step, number, scratch.key.at[slot], scratch.key_ready.at[slot])
+        self.copy_tile(self.inputs.keys, tile, scratch.key.at[slot], scratch.key_ready.at[slot])
         pl.when(step == 0)(lambda: self.copy_queries(number))
 
-    def copy_values(self, step: jax.Array, steps: jax.Array, number: jax.Array, copies_before: jax.Array) -> None:
+    def copy_values(
+        self, tile: KeyTile, step: jax.Array, steps: jax.Array, number: jax.Array, copies_before: jax.Array
+    ) -> None:
         """Copies the values of a step, and once some have been copied the running output, which is needed last."""
         config, scratch, copy = self.block.config, self.scratch, copies_before + step
         slot = self.slot(copy)
         pl.when(copy >= config.stages)(lambda: plgpu.barrier_wait(scratch.value_free.at[slot]))
-        self.copy_tile(self.inputs.values, step, number, scratch.value.at[slot], scratch.value_ready.at[slot])
+        self.copy_tile(self.inputs.values, tile, scratch.value.at[slot], scratch.value_ready.at[slot])
         if config.early_state and self.block.has_state:
             pl.when(step == jnp.minimum(2 * config.stages, steps) - 1)(lambda: self.prepare_output(number))
 

@@ -4,7 +4,9 @@ As many programs begin as an H100 SXM or an H200 has multiprocessors, and each t
 other until there are none; or several waves of them, of which all but the last end after their share. An entry is a
 query tile of one head, with all key tiles that it sees. Where all of them take equally long, what is left over when
 every multiprocessor has had equally many would keep only some of them busy: those tiles' steps are laid end to end and
-cut into equal ranges, one for each multiprocessor, and the last entries are these ranges.
+cut into equal ranges, one for each multiprocessor, and the last entries are these ranges. Where tiles are of two
+lengths, as in a step of a ring that takes blocks from before and from behind the queries, that is done with the longer
+ones first, and then with the shorter ones.
 
 A range gives up to two pieces of work. The first of them is the beginning of a tile's steps, left for the program that
 has their end; the second the end of the tile before, which is merged with what others have left. So programs wait only
@@ -17,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Bool, Int32
 
 from . import mosaic_gpu_split
 from .mosaic_gpu_inline import take_number
@@ -30,19 +32,23 @@ _SHARING_STEPS = 4
 
 
 class Work(NamedTuple):
-    """What there is to do in a block, where all query tiles that see anything take equally long.
+    """What there is to do in a block, where query tiles that see anything are of at most two lengths.
 
-    `tiles` from `first_tile` on see anything, each `steps` key tiles. The first `whole` entries of the queue are tiles,
-    the others ranges of `range_steps` steps of the `left_over` tiles. One number each, or of a mask with a stack of
-    blocks one for each of them.
+    Of each kind, the longer one first, there are `tiles` from `first_tile` on, each `steps` key tiles. The first
+    `whole` of its `entries` of the queue are tiles, the others ranges of `range_steps` steps of the `left_over` tiles.
+    Together they are the `seeing` tiles from `first_seeing` on. Of a mask with a stack of blocks all numbers are those
+    of each block.
     """
 
-    first_tile: Int32[Array, " blocks"]
-    tiles: Int32[Array, " blocks"]
-    steps: Int32[Array, " blocks"]
-    whole: Int32[Array, " blocks"]
-    left_over: Int32[Array, " blocks"]
-    range_steps: Int32[Array, " blocks"]
+    first_tile: Int32[Array, "blocks kinds"]
+    tiles: Int32[Array, "blocks kinds"]
+    steps: Int32[Array, "blocks kinds"]
+    whole: Int32[Array, "blocks kinds"]
+    left_over: Int32[Array, "blocks kinds"]
+    range_steps: Int32[Array, "blocks kinds"]
+    entries: Int32[Array, "blocks kinds"]
+    first_seeing: Int32[Array, " blocks"]
+    seeing: Int32[Array, " blocks"]
 
 
 class Piece(NamedTuple):
@@ -124,7 +130,7 @@ class Queue:
         if one_each:
             return cls(num_heads, tiles, batch, entries, 1, 0, heads_together, visits_empty, one_each, is_fixed=True)
         programs = min(mosaic_gpu_split.MULTIPROCESSORS, entries * (range_steps or 1))
-        num_ranges = 0 if range_steps is None else programs
+        num_ranges = 0 if range_steps is None else 2 * programs
         shape = num_heads, tiles, batch, programs, waves, num_ranges
         return cls(*shape, heads_together, visits_empty, one_each, is_fixed=is_interpreted())
 
@@ -133,20 +139,27 @@ class Queue:
         if not self.num_ranges:
             return None
         steps = ranges.end - ranges.start
-        tile = jnp.arange(self.tiles, dtype=jnp.int32)[None]
-        first = jnp.min(jnp.where(steps > 0, tile, self.tiles), axis=-1)
-        end = jnp.max(jnp.where(steps > 0, tile + 1, 0), axis=-1)
-        tiles, longest = jnp.maximum(end - first, 0), jnp.max(steps, axis=-1)
-        inside = (tile >= first[:, None]) & (tile < end[:, None])
-        are_equal = jnp.all(~inside | (steps == longest[:, None]), axis=-1)
-        entries = tiles * self.num_heads * self.batch
-        left_over = lax.rem(entries, jnp.int32(self.programs))
-        range_steps = -(-left_over * longest // self.programs)
-        is_worth_it = are_equal & (longest - range_steps > _SHARING_STEPS)
-        whole = jnp.where(is_worth_it, entries - left_over, entries)
-        one = jnp.int32(1)  # Divisors, also where nothing is visible and nothing will be asked of them.
-        tiles, longest, range_steps = (jnp.maximum(x, one) for x in (tiles, longest, range_steps))
-        return Work(first, tiles, longest, whole, entries - whole, range_steps)
+        tile = jnp.arange(self.tiles, dtype=jnp.int32)
+        first_seeing, seeing = _run(steps > 0, tile)
+        longest = jnp.max(steps, axis=-1, keepdims=True)
+        lengths = jnp.concatenate([longest, jnp.max(jnp.where(steps < longest, steps, 0), axis=-1, keepdims=True)], -1)
+        is_of_kind = (steps[:, None] == lengths[..., None]) & (lengths[..., None] > 0)
+        first, tiles = _run(is_of_kind, tile)
+        # With more lengths or with gaps all tiles are of one kind, and none is shared.
+        are_two = jnp.all(tiles == is_of_kind.sum(-1, dtype=jnp.int32), axis=-1) & (tiles.sum(-1) == seeing)
+        are_two, is_longer = are_two[:, None], jnp.arange(lengths.shape[-1]) == 0
+        first = jnp.where(are_two, first, first_seeing[:, None])
+        tiles = jnp.where(are_two, tiles, jnp.where(is_longer, seeing[:, None], 0))
+        all_tiles = tiles * self.num_heads * self.batch
+        left_over = lax.rem(all_tiles, jnp.int32(self.programs))
+        range_steps = -(-left_over * lengths // self.programs)
+        is_worth_it = are_two & (lengths - range_steps > _SHARING_STEPS)
+        left_over = jnp.where(is_worth_it, left_over, 0)
+        whole, one = all_tiles - left_over, jnp.int32(1)
+        # Divisors, also where nothing is visible and nothing will be asked of them.
+        tiles, lengths, range_steps = (jnp.maximum(x, one) for x in (tiles, lengths, range_steps))
+        entries = whole + (left_over * lengths + range_steps - 1) // range_steps
+        return Work(first, tiles, lengths, whole, left_over, range_steps, entries, first_seeing, seeing)
 
     @property
     def num_programs(self) -> int:
@@ -158,9 +171,10 @@ class Queue:
         program = lax.axis_index("programs")
         entries = jnp.int32(self.num_heads * self.tiles * self.batch)
         if self.num_ranges:
-            work = self._work(inputs)
-            hidden = entries - work.whole - work.left_over if self.visits_empty else 0
-            entries = self._entries_with_steps(work) + hidden
+            of_kind, block = inputs.work.entries, self._block_of_work(inputs)
+            entries = of_kind[block, 0] + of_kind[block, 1]
+            if self.visits_empty:
+                entries += (self.tiles - inputs.work.seeing[block]) * (self.num_heads * self.batch)
         if self.is_fixed:
             each, more = entries // self.num_programs, lax.rem(entries, jnp.int32(self.num_programs))
             first, end = (number * each + jnp.minimum(number, more) for number in (program, program + 1))
@@ -208,34 +222,35 @@ class Queue:
         is_of_last_wave = lax.axis_index("programs") >= self.programs * (self.waves - 1)
         return lax.cond(is_of_last_wave | (number < end // self.num_programs) | (position.done > 0), find, stop)
 
-    def _work(self, inputs: Any) -> Work:
-        block = 0 if inputs.work.steps.shape[0] == 1 else inputs.mask.block[0]
-        return Work(*(field[block] for field in inputs.work))
+    def _block_of_work(self, inputs: Any) -> jax.Array | int:
+        return 0 if inputs.work.steps.shape[0] == 1 else inputs.mask.block[0]
 
     def _next_entry(self, entry: jax.Array, counter: Ref | None, taken: Ref) -> jax.Array:
         if self.is_fixed:
             return entry + 1
         return take_number(counter, taken)
 
-    def _entries_with_steps(self, work: Work) -> jax.Array:
-        """How many entries are tiles that see anything, or ranges; tiles that see nothing follow them."""
-        return work.whole + (work.left_over * work.steps + work.range_steps - 1) // work.range_steps
-
     def _piece(self, inputs: Any, position: Position) -> tuple[Piece, jax.Array]:
         """The piece at a position, and the steps of its range taken with it and before, 0 if these are all."""
         if not self.num_ranges:
             return self._tile_of_all(inputs, position.entry)
-        work = self._work(inputs)
+        of_kind, block = inputs.work.entries, self._block_of_work(inputs)
+        longer = of_kind[block, 0]
+        kind = (position.entry >= longer).astype(jnp.int32)
+        of_its_kind = position._replace(entry=position.entry - kind * longer)
         if not self.visits_empty:
-            return self._tile_or_part(inputs, work, position)
-        hidden = position.entry - self._entries_with_steps(work)
+            return self._tile_or_part(inputs, kind, of_its_kind)
+        hidden = position.entry - longer - of_kind[block, 1]
         return lax.cond(
             hidden < 0,
-            lambda: self._tile_or_part(inputs, work, position),
-            lambda: self._hidden_tile(inputs, work, jnp.maximum(hidden, 0)),
+            lambda: self._tile_or_part(inputs, kind, of_its_kind),
+            lambda: self._hidden_tile(inputs, jnp.maximum(hidden, 0)),
         )
 
-    def _tile_or_part(self, inputs: Any, work: Work, position: Position) -> tuple[Piece, jax.Array]:
+    def _tile_or_part(self, inputs: Any, kind: jax.Array, position: Position) -> tuple[Piece, jax.Array]:
+        """The piece at a position among the entries of one kind of tiles."""
+        block = self._block_of_work(inputs)
+        work = Work(*(field[block] if field.ndim == 1 else field[block, kind] for field in inputs.work))
         index = position.entry - work.whole
         is_whole = index < 0
         low = index * work.range_steps
@@ -251,19 +266,21 @@ class Queue:
         walk = walk.part(jnp.where(is_whole, 0, first), jnp.where(is_whole, walk.steps, high - first))
         is_left = ~is_whole & (high < work.steps)
         is_merged = ~is_whole & ~is_left & (first > 0)
+        of_kind = kind * self.programs
         piece = Piece(
             *(batch, head, tile, walk),
-            left_by=jnp.where(is_left, index, -1),
-            merge_first=jnp.where(is_merged, shared * work.steps // work.range_steps, 0),
-            merge_end=jnp.where(is_merged, index, 0),
+            left_by=jnp.where(is_left, of_kind + index, -1),
+            merge_first=jnp.where(is_merged, of_kind + shared * work.steps // work.range_steps, 0),
+            merge_end=jnp.where(is_merged, of_kind + index, 0),
         )
         return piece, jnp.where(is_whole | (first == low), 0, position.done + high - first)
 
-    def _hidden_tile(self, inputs: Any, work: Work, number: jax.Array) -> tuple[Piece, jax.Array]:
+    def _hidden_tile(self, inputs: Any, number: jax.Array) -> tuple[Piece, jax.Array]:
         """One of the tiles before and behind those that see anything."""
-        a_head = self.tiles - (work.whole + work.left_over) // (self.num_heads * self.batch)
+        work, block = inputs.work, self._block_of_work(inputs)
+        a_head = jnp.maximum(self.tiles - work.seeing[block], 1)
         place = lax.rem(number, a_head)
-        tile = jnp.where(place < work.first_tile, place, place + work.tiles)
+        tile = jnp.where(place < work.first_seeing[block], place, place + work.seeing[block])
         return self._whole_tile(inputs, *self._batch_and_head(number // a_head), tile)
 
     def _tile_of_all(self, inputs: Any, entry: jax.Array) -> tuple[Piece, jax.Array]:
@@ -289,3 +306,12 @@ class Queue:
     def _batch_and_head(self, number: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The sequence and the head of a number that counts the heads of all sequences."""
         return number // self.num_heads, lax.rem(number, jnp.int32(self.num_heads))
+
+
+def _run(
+    is_in: Bool[Array, "... tiles"], tile: Int32[Array, " tiles"]
+) -> tuple[Int32[Array, "..."], Int32[Array, "..."]]:
+    """The first of some tiles, and how many they are if they follow one another."""
+    first = jnp.min(jnp.where(is_in, tile, tile.shape[0]), axis=-1)
+    end = jnp.max(jnp.where(is_in, tile + 1, 0), axis=-1)
+    return first, jnp.maximum(end - first, 0)

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from .batching import Mappable
 from .contract import AttentionState, BlockKernel, Gradients, StepKernel
 from .ptxas import miscompiling_reason
+from .several_blocks import SeveralAsOne
 from .tracing import TracedOnce
 from .triton_gpu import compute_capability
 from .triton_gpu import target as triton_target
-from .two_blocks import TwoAsOne
 
 _MODULES = {
     "mosaic_gpu": "mosaic_gpu",
@@ -36,9 +36,9 @@ _WITHOUT_CHECK_VMA = _MOSAIC
 _WITHOUT_VMAP = (*_MOSAIC, "triton")
 # Kernels that find their block's positions and tiles in those of several blocks, see `BlockMask.block`.
 _INDEXING_BLOCKS = _MOSAIC
-# Kernels that take two blocks at once where they lie, and say with `prefers_two_blocks` of which shards; for the others
-# these are put together.
-_TAKING_TWO_BLOCKS = ("mosaic_gpu",)
+# Kernels that take several blocks at once where they lie, and say with `prefers_several_blocks` of which shards; for
+# the others these are put together.
+_TAKING_SEVERAL_BLOCKS = ("mosaic_gpu",)
 # XLA's options that forbid results which differ between two runs; its own attention, cuDNN's, obeys them too.
 _DETERMINISTIC_OPTIONS = ("--xla_gpu_exclude_nondeterministic_ops", "--xla_gpu_deterministic_ops")
 
@@ -135,9 +135,14 @@ def has_fused_backward(implementation: str, head_dim: int) -> bool:
     return implementation == "mosaic_gpu" and head_dim <= _module(implementation).MAX_FUSED_HEAD_DIM
 
 
-def prefers_two_blocks(implementation: str, head_dim: int, shard_len: int) -> bool:
-    """Whether an implementation takes two blocks of such shards where they lie, and is faster so; see `two_blocks`."""
-    return implementation in _TAKING_TWO_BLOCKS and _module(implementation).prefers_two_blocks(head_dim, shard_len)
+def prefers_several_blocks(implementation: str, head_dim: int, shard_len: int) -> bool:
+    """Whether an implementation takes several blocks of such shards where they lie, and is faster so.
+
+    Backward they are two. See `several_blocks`.
+    """
+    if implementation not in _TAKING_SEVERAL_BLOCKS:
+        return False
+    return _module(implementation).prefers_several_blocks(head_dim, shard_len)
 
 
 def load(implementation: str, target: Target) -> StepKernel:
@@ -146,7 +151,7 @@ def load(implementation: str, target: Target) -> StepKernel:
     if implementation == "triton":
         assert target.compute_capability is not None
         kernel = _TritonFor(kernel, target.compute_capability)
-    kernel = kernel if implementation in _TAKING_TWO_BLOCKS else TwoAsOne(kernel)
+    kernel = kernel if implementation in _TAKING_SEVERAL_BLOCKS else SeveralAsOne(kernel)
     kernel = Mappable(kernel) if implementation in _WITHOUT_VMAP else kernel
     return TracedOnce(kernel, can_index_blocks=implementation in _INDEXING_BLOCKS)
 

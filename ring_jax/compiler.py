@@ -8,9 +8,9 @@ from jax.typing import DTypeLike
 def compiler_options(platform: str | None = None) -> dict[str, bool | int | str]:
     """XLA options for `jax.jit(compiler_options=...)` of a program with `ring_attention` in it.
 
-    On GPUs they let all the permutes of a step (K, V and in the backward ring sums of dK and dV, of two blocks where
-    steps take two) run at once beside the kernel; by default only one collective is asynchronous at a time, and before
-    Hopper none is. Between GPUs of one process the copy engines make the hops: NCCL's kernels would take
+    On GPUs they let all the permutes of a step (K, V and in the backward ring sums of dK and dV, of several blocks
+    where steps take several) run at once beside the kernel; by default only one collective is asynchronous at a time,
+    and before Hopper none is. Between GPUs of one process the copy engines make the hops: NCCL's kernels would take
     multiprocessors from ours (`benchmarks/LOG.md`). By XLA's source, hops between processes go by NCCL all the same;
     that has not been tried. Elsewhere there is nothing to set.
 
@@ -22,7 +22,7 @@ def compiler_options(platform: str | None = None) -> dict[str, bool | int | str]
         return {}
     return {
         "xla_gpu_enable_latency_hiding_scheduler": True,
-        "xla_gpu_experimental_parallel_collective_overlap_limit": 6,
+        "xla_gpu_experimental_parallel_collective_overlap_limit": 8,
         "xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY",
     }
 

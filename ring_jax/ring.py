@@ -4,8 +4,9 @@ Runs inside `jax.shard_map`. The forward ring makes N-1 hops; the gradients are 
 `custom_vjp`: keys and values go round once more, and the gradients of each block travel with it in float32 and arrive
 at its owner after N hops. What each step computes is the kernels' business, see `kernels/contract.py`.
 
-Where shards are short, kernels that can take the blocks of two ranks at once (`kernels/two_blocks.py`): after the own
-block and that of the rank before, two arrive at a time, in hops of two places. As many bytes are sent as one by one.
+Where shards are short, kernels that can take the blocks of several ranks at once (`ring_steps.py`): forward the own
+block and then several at a time, that come from their owners in one hop each; backward the own block, that of the rank
+before, and then two at a time, in hops of two places. As many bytes are sent as one by one.
 """
 
 import dataclasses
@@ -21,17 +22,12 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from . import kernels
 from .collectives import AxisName, gather_shards, rotate
-from .kernels import AttentionState, BlockMask, Blocks, Sums, folded, match_varying
+from .kernels import AttentionState, BlockMask, Blocks, Sums, match_varying
 from .layouts import EVEN_LAYOUTS, shard_positions
+from .ring_steps import RingMasks, RingSteps, Step, Steps
 
 # Names of the two residuals that a remat policy can save, so that the backward pass need not run the forward ring.
 SAVED_NAMES = ("ring_attention_output", "ring_attention_lse")
-
-
-# Rings of more steps are compiled as a loop; at 16 a training step's compile time is still that of its other parts.
-MAX_UNROLLED_STEPS = 16
-
-Step = int | Int32[Array, ""]
 
 
 class Block(NamedTuple):
@@ -42,8 +38,8 @@ class Block(NamedTuple):
     segment_ids: Int32[Array, "B T"] | None
 
 
-# What a step takes: the block of one rank, or of two.
-type Held = Block | tuple[Block, Block]
+# What a step takes: the block of one rank, or of several.
+type Held = Block | tuple[Block, ...]
 # dK and dV of a block.
 type Pair = tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]
 
@@ -100,13 +96,16 @@ def _attend(
     segment_ids: Array | None,
     gathered_positions: Int32[Array, "num_shards T"] | None,
 ) -> tuple[Array, Array]:
-    ring = _masks(options, query, segment_ids, gathered_positions)
+    ring = _masks(options, query, gathered_positions)
+    steps = _steps(options, query, key, segment_ids).forward
     kernel = kernels.load(options.implementation, options.target)
 
-    def compute(step: Step, held: Held, state: AttentionState | None, *, is_last: bool = False) -> AttentionState:
-        mask, (keys, values) = _mask(ring, segment_ids, step, held), _keys_and_values(held)
-        state = kernel.forward(query, keys, values, state, mask, scale=options.scale, is_last=is_last)
+    def attend(mask: BlockMask, held: Held, state: AttentionState | None, *, is_last: bool = False) -> AttentionState:
+        state = kernel.forward(query, *_keys_and_values(held), state, mask, scale=options.scale, is_last=is_last)
         return AttentionState(*match_varying(tuple(state), like=query))
+
+    def compute(step: Step, block: Block, state: AttentionState | None, *, is_last: bool = False) -> AttentionState:
+        return attend(ring.mask(step, segment_ids, block.segment_ids), block, state, is_last=is_last)
 
     def compute_and_pass_on(step: Step, carry: tuple[Block, AttentionState | None]) -> tuple[Block, AttentionState]:
         block, state = carry
@@ -117,8 +116,8 @@ def _attend(
     block = Block(key, value, segment_ids)
     if ring.size == 1:
         state = compute(0, block, None, is_last=True)
-    elif ring.takes_two:
-        state = _attend_by_twos(compute, ring.size, options.axis_name, block)
+    elif _take_several(steps):
+        state = _attend_by_groups(attend, ring, steps, options.axis_name, block)
     else:
         carry = compute_and_pass_on(0, (block, None))
         block, state = _repeat(compute_and_pass_on, carry, last=ring.size - 1, loop_steps=2 if ring.is_loop else None)
@@ -126,20 +125,17 @@ def _attend(
     return state.output, state.lse
 
 
-def _attend_by_twos(
-    compute: Callable[..., AttentionState], size: int, axis_name: AxisName, own_block: Block
+def _attend_by_groups(
+    attend: Callable[..., AttentionState], ring: RingMasks, steps: Steps, axis_name: AxisName, own_block: Block
 ) -> AttentionState:
-    """The forward ring of kernels that take two blocks at once."""
-    before, state = lax.optimization_barrier((rotate(own_block, axis_name), compute(0, own_block, None)))
-    two, state = lax.optimization_barrier((_first_two(before, axis_name), compute(1, before, state)))
-    for step in range(2, size - 2, 2):
-        two, state = lax.optimization_barrier((rotate(two, axis_name, by=2), compute(step, two, state)))
-    return compute(size - 2, two, state, is_last=True)
-
-
-def _first_two(before: Block, axis_name: AxisName) -> tuple[Block, Block]:
-    """The blocks of the ranks two and three places before this one, from all ranks' block of the rank before."""
-    return rotate(before, axis_name), rotate(before, axis_name, by=2)
+    """The forward ring of kernels that take several blocks at once, each of which comes in one hop from its owner."""
+    masks = ring.of_steps(steps)
+    held, state = own_block, None
+    for mask, next_hops in zip(masks[:-1], steps[1:], strict=True):
+        arriving = tuple(rotate(own_block, axis_name, by=hops) for hops in next_hops)
+        # The own block is passed through, or all hops would start at once.
+        own_block, held, state = lax.optimization_barrier((own_block, arriving, attend(mask, held, state)))
+    return attend(masks[-1], held, state, is_last=True)
 
 
 def _attend_forward(options: RingOptions, query: Array, key: Array, value: Array, segment_ids, gathered_positions):
@@ -153,19 +149,24 @@ def _attend_forward(options: RingOptions, query: Array, key: Array, value: Array
 def _attend_backward(options: RingOptions, residuals: tuple, cotangents: tuple[Array, Array]):
     query, key, value, segment_ids, gathered_positions, output, lse = residuals
     d_out, d_lse = cotangents
-    ring = _masks(options, query, segment_ids, gathered_positions)
+    ring = _masks(options, query, gathered_positions)
+    steps = _steps(options, query, key, segment_ids).backward
     kernel = kernels.load(options.implementation, options.target)
     # d lse / d score is the probability itself: the logsumexp's cotangent joins delta (FlashAttention-2, section 2.2).
     delta = jnp.sum(d_out.astype(jnp.float32) * output.astype(jnp.float32), axis=-1).swapaxes(1, 2) - d_lse
 
-    def compute(
-        step: Step, held: Held, dq: Array, sums: Sums | None = None, hidden_keys: Array | None = None
+    def differentiate(
+        mask: BlockMask, held: Held, dq: Array, sums: Sums | None = None, hidden_keys: Array | None = None
     ) -> tuple[Array, Any]:
-        mask = _mask(ring, segment_ids, step, held)
         mask = mask if hidden_keys is None else mask.without(hidden_keys)
         arrays = (query, *_keys_and_values(held), d_out, lse, delta, dq, sums)
         dq, sums_or_share = kernel.backward(*arrays, mask, scale=options.scale, is_only=ring.size == 1)
         return dq, match_varying(sums_or_share, like=query)
+
+    def compute(
+        step: Step, block: Block, dq: Array, sums: Sums | None = None, hidden_keys: Array | None = None
+    ) -> tuple[Array, Any]:
+        return differentiate(ring.mask(step, segment_ids, block.segment_ids), block, dq, sums, hidden_keys)
 
     # The ring begins when delta is there. Otherwise XLA makes dQ's zeros at the program's start, and keeps what the
     # forward ring's first hop brought because this one's first hop will bring the same.
@@ -176,9 +177,9 @@ def _attend_backward(options: RingOptions, residuals: tuple, cotangents: tuple[A
     dq = jnp.broadcast_to(zero, query.shape)
     if ring.size == 1:
         dq, (dk, dv) = compute(0, own_block, dq)
-    elif ring.takes_two:
+    elif _take_several(steps):
         assert kernels.has_fused_backward(options.implementation, query.shape[3])
-        dq, dk, dv = _differentiate_by_twos(compute, ring, options.axis_name, own_block, dq, zero)
+        dq, dk, dv = _differentiate_by_twos(differentiate, ring, steps, options.axis_name, own_block, dq, zero)
     elif kernels.has_fused_backward(options.implementation, query.shape[3]):
         dq, dk, dv = _differentiate_in_place(compute, ring, options.axis_name, own_block, dq, zero)
     else:
@@ -188,7 +189,7 @@ def _attend_backward(options: RingOptions, residuals: tuple, cotangents: tuple[A
 
 
 def _differentiate(
-    compute: Callable[..., tuple[Array, Any]], ring: "RingMasks", axis_name: AxisName, own_block: Block, dq: Array
+    compute: Callable[..., tuple[Array, Any]], ring: RingMasks, axis_name: AxisName, own_block: Block, dq: Array
 ) -> tuple[Array, Array, Array]:
     """The backward ring of kernels that add only dQ in place: dQ, and dK and dV of this device's own block."""
 
@@ -215,7 +216,7 @@ def _differentiate(
 
 def _differentiate_in_place(
     compute: Callable[..., tuple[Array, Any]],
-    ring: "RingMasks",
+    ring: RingMasks,
     axis_name: AxisName,
     own_block: Block,
     dq: Array,
@@ -255,8 +256,9 @@ def _differentiate_in_place(
 
 
 def _differentiate_by_twos(
-    compute: Callable[..., tuple[Array, Any]],
-    ring: "RingMasks",
+    differentiate: Callable[..., tuple[Array, Any]],
+    ring: RingMasks,
+    steps: Steps,
     axis_name: AxisName,
     own_block: Block,
     dq: Array,
@@ -268,28 +270,31 @@ def _differentiate_by_twos(
     sums: of the ranks that take it first of two and of those that take it second, in every second step each.
     """
     late_keys = _inner_half(own_block.key.shape[1])
+    own_mask, mask_of_one, *masks_of_two = ring.of_steps(steps)
 
     def zeros(zero: Float32[Array, ""]) -> Float32[Array, "B 2 T K H"]:
         return jnp.broadcast_to(zero, (own_block.key.shape[0], 2, *own_block.key.shape[1:]))
 
     before = rotate(own_block, axis_name)
-    dq, own_sums = compute(0, own_block, dq, zeros(zero), hidden_keys=late_keys)
+    dq, own_sums = differentiate(own_mask, own_block, dq, zeros(zero), hidden_keys=late_keys)
     before, own_sums, dq, zero = lax.optimization_barrier((before, own_sums, dq, zero))
-    two, own_sums = _first_two(before, axis_name), rotate(own_sums, axis_name, by=2)
-    dq, sums_of_one = compute(1, before, dq, zeros(zero))
+    # All ranks pass on what they have from the one before, and so the blocks from two and three places before arrive.
+    two = rotate(before, axis_name), rotate(before, axis_name, by=2)
+    own_sums = rotate(own_sums, axis_name, by=2)
+    dq, sums_of_one = differentiate(mask_of_one, before, dq, zeros(zero))
     two, own_sums, sums_of_one, dq, zero = lax.optimization_barrier((two, own_sums, sums_of_one, dq, zero))
     # By how many hops each sum is away from its block's owner.
     arrived, rested, hops = (own_sums,), (sums_of_one,), (1,)
-    for step in range(2, ring.size, 2):
+    for step, mask in zip(range(2, ring.size, 2), masks_of_two, strict=True):
         # To the ranks that add to them two steps on, or home.
         to = [min(step + 2 + i, ring.size) for i in range(len(rested))]
         arriving = tuple(rotate(x, axis_name, by=end - h) for x, h, end in zip(rested, hops, to, strict=True))
         next_two = two if step + 2 == ring.size else rotate(two, axis_name, by=2)
-        dq, rested = compute(step, two, dq, (*arrived, zeros(zero))[:2])
+        dq, rested = differentiate(mask, two, dq, (*arrived, zeros(zero))[:2])
         two, arrived, rested, dq, zero = lax.optimization_barrier((next_two, arriving, rested, dq, zero))
         hops = (step, step + 1)
     arriving = tuple(rotate(x, axis_name, by=ring.size - h) for x, h in zip(rested, hops, strict=True))
-    dq, at_home = compute(0, own_block, dq, arrived[0], hidden_keys=~late_keys)
+    dq, at_home = differentiate(own_mask, own_block, dq, arrived[0], hidden_keys=~late_keys)
     arriving, at_home, dq = lax.optimization_barrier((arriving, at_home, dq))
     sums = functools.reduce(jnp.add, (*arrived[1:], *arriving), at_home)
     return dq, sums[:, 0], sums[:, 1]
@@ -302,17 +307,7 @@ def _keys_and_values(held: Held) -> tuple[Blocks, Blocks]:
     """The keys and the values that a step takes."""
     if isinstance(held, Block):
         return held.key, held.value
-    first, second = held
-    return (first.key, second.key), (first.value, second.value)
-
-
-def _mask(ring: "RingMasks", segment_ids: Int32[Array, "B T"] | None, step: Step, held: Held) -> BlockMask:
-    """The mask of a step."""
-    if isinstance(held, Block):
-        return ring.mask(step, segment_ids, held.segment_ids)
-    assert isinstance(step, int)
-    assert segment_ids is None
-    return ring.mask_of_two(step)
+    return tuple(block.key for block in held), tuple(block.value for block in held)
 
 
 def _inner_half(shard_len: int) -> Bool[Array, " T"]:
@@ -344,97 +339,33 @@ def _repeat[C](step_fn: Callable[[Step, C], C], carry: C, *, last: int, loop_ste
     return carry
 
 
-def is_loop(size: int) -> bool:
-    """Whether a ring of so many devices is compiled as a loop, in which a step's number is known only at run time."""
-    return size - 2 > MAX_UNROLLED_STEPS
+def _take_several(steps: Steps) -> bool:
+    """Whether any of the steps takes several blocks."""
+    return max(map(len, steps)) > 1
 
 
-def takes_two_blocks(
-    implementation: str,
-    size: int,
-    shard_len: int,
-    head_dim: int,
-    *,
-    layout: str | None,
-    is_causal: bool,
-    has_segments: bool,
-    is_in_one_process: bool,
-) -> bool:
-    """Whether steps of a ring of so many devices take two blocks from the third step on.
-
-    None may be left over after the first two steps, and what a query sees of two blocks must be one run of keys. Rings
-    that are a loop take one, and hold less. So do those of several processes: the first two blocks come under the
-    kernel of one, and two sums go home under half a kernel, for which links between hosts are too slow (at 50 GB/s and
-    8K tokens, predicted, that would cost 0.6 ms forward and 2 ms backward).
-    """
-    if not is_in_one_process or has_segments or size < 4 or size % 2 or is_loop(size):
-        return False
-    is_one_run = layout == "zigzag" or not is_causal
-    return is_one_run and kernels.prefers_two_blocks(implementation, head_dim, shard_len)
-
-
-@dataclasses.dataclass(frozen=True)
-class RingMasks:
-    """The masks of a rank's steps: after `step` hops it holds the block of the rank `step` places before it."""
-
-    size: int
-    rank: Step
-    # The global positions of a rank's tokens.
-    positions: Callable[[Step], Int32[Array, " T"]]
-    is_causal: bool
-    # Whether every shard holds its tokens in ascending order, as every layout deals them.
-    is_ascending: bool = True
-    # Whether a rank's queries that see anything of another rank's block see as much of it (`layouts.EVEN_LAYOUTS`).
-    is_even: bool = False
-    # Whether steps from the third on take two blocks each.
-    takes_two: bool = False
-
-    @property
-    def is_loop(self) -> bool:
-        return is_loop(self.size)
-
-    def mask(
-        self, step: Step, own_segment_ids: Int32[Array, "B T"] | None, segment_ids: Int32[Array, "B T"] | None
-    ) -> BlockMask:
-        """The mask of a step, from the segment ids of the rank and of the block that it holds."""
-        own = self.positions(self.rank)
-        if isinstance(step, int) and step == 0 and self.is_ascending:
-            # The very same array on the diagonal: there a kernel without positions (cuDNN) can mask by index.
-            return BlockMask(own, own, own_segment_ids, segment_ids, self.is_causal)
-        are_many = not self.is_loop and not self.takes_two
-        if isinstance(step, int) and are_many and self.is_causal and segment_ids is None:
-            # All steps ask for the tiles of the same positions, which XLA sees, and computes them once for the ring.
-            return BlockMask(own, self._of_all_steps, None, None, True, block=jnp.int32(step), is_even=self.is_even)
-        theirs = self.positions((self.rank - step) % self.size)
-        # Loops begin with the second step.
-        is_even = self.is_even and not (isinstance(step, int) and step == 0)
-        return BlockMask(own, theirs, own_segment_ids, segment_ids, self.is_causal, is_even=is_even)
-
-    def mask_of_two(self, step: int) -> BlockMask:
-        """The mask of a step that takes the blocks of the ranks `step` and `step + 1` places before this one."""
-        own, index = self.positions(self.rank), step // 2 - 1
-        if not self.is_causal:
-            return BlockMask(own, self._of_all_twos[index], None, None, False, is_even=self.is_even)
-        return BlockMask(own, self._of_all_twos, None, None, True, block=jnp.int32(index), is_even=self.is_even)
-
-    @functools.cached_property
-    def _of_all_twos(self) -> Int32[Array, "twos T2"]:
-        """The positions of the keys of both blocks of each step, in the order of `folded`."""
-        first = (self.rank - jnp.arange(2, self.size, 2, dtype=jnp.int32)) % self.size
-        return jax.vmap(lambda rank: folded(self.positions(rank), self.positions((rank - 1) % self.size)))(first)
-
-    @functools.cached_property
-    def _of_all_steps(self) -> Int32[Array, "steps T"]:
-        return jax.vmap(self.positions)((self.rank - jnp.arange(self.size, dtype=jnp.int32)) % self.size)
+def _steps(
+    options: RingOptions,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    segment_ids: Int32[Array, "B T"] | None,
+) -> RingSteps:
+    return RingSteps.of(
+        *(options.implementation, query.shape, key.shape),
+        size=lax.axis_size(options.axis_name),
+        layout=options.layout,
+        is_causal=options.is_causal,
+        has_segments=segment_ids is not None,
+        is_in_one_process=options.is_in_one_process,
+    )
 
 
 def _masks(
     options: RingOptions,
     query: Float[Array, "B T N H"],
-    segment_ids: Int32[Array, "B T"] | None,
     gathered_positions: Int32[Array, "num_shards T"] | None,
 ) -> RingMasks:
-    size, (_, shard_len, _, head_dim) = lax.axis_size(options.axis_name), query.shape
+    size, shard_len = lax.axis_size(options.axis_name), query.shape[1]
 
     def positions(rank: Step) -> Int32[Array, " T"]:
         if options.layout is None:
@@ -442,13 +373,5 @@ def _masks(
             return lax.dynamic_index_in_dim(gathered_positions, rank, keepdims=False)
         return shard_positions(options.layout, rank, shard_len, size)
 
-    rank = lax.axis_index(options.axis_name)
     is_ascending, is_even = options.layout is not None, options.layout in EVEN_LAYOUTS
-    takes_two = takes_two_blocks(
-        *(options.implementation, size, shard_len, head_dim),
-        layout=options.layout,
-        is_causal=options.is_causal,
-        has_segments=segment_ids is not None,
-        is_in_one_process=options.is_in_one_process,
-    )
-    return RingMasks(size, rank, positions, options.is_causal, is_ascending, is_even, takes_two)
+    return RingMasks(size, lax.axis_index(options.axis_name), positions, options.is_causal, is_ascending, is_even)

@@ -18,7 +18,7 @@ import numpy as np
 
 from ring_jax.kernels.contract import AttentionState, BlockMask
 from ring_jax.kernels.reference import reference_attention, visible_pairs
-from ring_jax.kernels.two_blocks import folded
+from ring_jax.kernels.several_blocks import folded
 from tests.budget import allowed, error
 
 # What dK and dV are added to where there are several blocks.
@@ -47,8 +47,8 @@ class Case:
     is_even: bool = False
     # Whether the masks hold the positions of all blocks, and say which one is meant.
     by_index: bool = False
-    # Whether from the second step on two blocks are taken at once, folded.
-    by_twos: bool = False
+    # How many blocks are taken at once from the second step on, folded.
+    at_once: int = 1
 
     def __str__(self) -> str:
         mask = (
@@ -58,7 +58,7 @@ class Case:
             + "-rising" * self.rising
             + "-even" * self.is_even
             + "-by-index" * self.by_index
-            + "-by-twos" * self.by_twos
+            + f"-{self.at_once}-at-once" * (self.at_once > 1)
         )
         sizes = f"B{self.batch}T{self.queries}S{self.keys}N{self.heads}K{self.kv_heads}H{self.head_dim}"
         sizes += f"x{self.num_blocks}" * (self.num_blocks != 2)
@@ -70,9 +70,9 @@ class Case:
 
     @property
     def steps(self) -> list[tuple[slice, ...]]:
-        """The keys of each step's block, or of its two."""
+        """The keys of each step's blocks."""
         spans = [slice(i * self.keys, (i + 1) * self.keys) for i in range(self.num_blocks)]
-        return [(spans[0],), *itertools.batched(spans[1:], 2)] if self.by_twos else [(span,) for span in spans]
+        return [(spans[0],), *itertools.batched(spans[1:], self.at_once)]
 
     @property
     def scale(self) -> float:
@@ -115,7 +115,7 @@ def blocks(case: Case) -> Callable[..., dict[str, Any]]:
     def run(kernel: Any, data: dict[str, Any]) -> dict[str, Any]:
         state: Any = None
         for step, spans in enumerate(case.steps):
-            k, v = (_one_or_two([data[name][:, span] for span in spans]) for name in ("key", "value"))
+            k, v = (_alone_or_several([data[name][:, span] for span in spans]) for name in ("key", "value"))
             mask, is_last = _mask(case, data, step), step == len(case.steps) - 1
             state = kernel.forward(data["query"], k, v, state, mask, scale=case.scale, is_last=is_last)
         d_out = data["d_out"].astype(jnp.float32)
@@ -124,13 +124,13 @@ def blocks(case: Case) -> Callable[..., dict[str, Any]]:
         dq = jnp.zeros(data["query"].shape, jnp.float32)
         grads = []
         for step, spans in enumerate(case.steps):
-            k, v = (_one_or_two([data[name][:, span] for span in spans]) for name in ("key", "value"))
+            k, v = (_alone_or_several([data[name][:, span] for span in spans]) for name in ("key", "value"))
             # Of several blocks dK and dV are added to what is there, and that is taken off again.
             is_only, shape = case.num_blocks == 1, (case.batch, 2, case.keys, *data["key"].shape[2:])
             # `getattr`: kernels with no such limit compute the gradients apart and add to none.
             is_fused = case.head_dim <= getattr(kernel, "MAX_FUSED_HEAD_DIM", 0)
             before = [jnp.full(shape, _SUM_BEFORE + i, jnp.float32) for i in range(len(spans))]
-            sums = _one_or_two(before) if is_fused and not is_only else None
+            sums = _alone_or_several(before) if is_fused and not is_only else None
             args = data["query"], k, v, data["d_out"], state.lse, delta, dq, sums, _mask(case, data, step)
             gradients = kernel.backward(*args, scale=case.scale, is_only=is_only)
             dq = gradients.dq
@@ -207,7 +207,7 @@ def _late_block() -> tuple[dict[str, Any], Any]:
     return data, reference_attention(data["query"], data["key"], data["value"], visible)
 
 
-def _one_or_two(blocks: list[Any]) -> Any:
+def _alone_or_several(blocks: list[Any]) -> Any:
     return blocks[0] if len(blocks) == 1 else tuple(blocks)
 
 
@@ -215,10 +215,10 @@ def _mask(case: Case, data: dict[str, Any], step: int) -> BlockMask:
     k_segment_ids, k_positions = data["k_segment_ids"], data["k_positions"]
     span, *more = case.steps[step]
     if more:
-        twos = jnp.stack([folded(*(k_positions[x] for x in spans)) for spans in case.steps[1:]])
+        groups = jnp.stack([folded([k_positions[x] for x in spans]) for spans in case.steps[1:]])
         if case.by_index:
-            return BlockMask(data["q_positions"], twos, None, None, case.is_causal, jnp.int32(step - 1), case.is_even)
-        return BlockMask(data["q_positions"], twos[step - 1], None, None, case.is_causal, is_even=case.is_even)
+            return BlockMask(data["q_positions"], groups, None, None, case.is_causal, jnp.int32(step - 1), case.is_even)
+        return BlockMask(data["q_positions"], groups[step - 1], None, None, case.is_causal, is_even=case.is_even)
     if case.by_index:
         k_positions = k_positions.reshape(case.num_blocks, case.keys)
         block = jnp.int32(span.start // case.keys)

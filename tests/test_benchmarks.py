@@ -18,8 +18,7 @@ from benchmarks.cases import Case, make_inputs
 from benchmarks.gate import Gate, row_statistics
 from benchmarks.peers import PEERS, Passes
 from benchmarks.replay import Replay, replay_backward, replay_forward
-from ring_jax import kernels, layout_positions
-from ring_jax import ring as ring_module
+from ring_jax import kernels, layout_positions, ring_steps
 from ring_jax.kernels.reference import reference_attention, visible_pairs
 from ring_jax.kernels.registry import Target
 from tests.budget import assert_within_budget
@@ -28,7 +27,7 @@ CPU = Target("cpu", "cpu")
 
 
 @pytest.mark.parametrize(
-    ("layout", "as_loop", "segments", "in_place", "takes_two"),
+    ("layout", "as_loop", "segments", "in_place", "takes_several"),
     [
         ("zigzag", False, "packed", False, False),
         ("zigzag", False, "none", True, False),
@@ -37,11 +36,12 @@ CPU = Target("cpu", "cpu")
         ("striped", True, "packed", True, False),
     ],
 )
-def test_replayed_ranks_equal_the_oracle(layout, as_loop, segments, in_place, takes_two, monkeypatch):
-    """Written out step by step, also with two blocks in the last one, and as the loop that more than 16 steps are."""
+def test_replayed_ranks_equal_the_oracle(layout, as_loop, segments, in_place, takes_several, monkeypatch):
+    """Written out step by step, also with several blocks in some, and as the loop that more than 16 steps are."""
     if as_loop:
-        monkeypatch.setattr(ring_module, "MAX_UNROLLED_STEPS", 0)
-    shards, case = 4 if takes_two else 3, Case(1, 96, 4, 2, 8, dtype="float32", segments=segments)
+        monkeypatch.setattr(ring_steps, "MAX_UNROLLED_STEPS", 0)
+    steps = ring_steps.RingSteps(((0,), (1, 2), (3,)), ((0,), (1,), (2, 3))) if takes_several else None
+    shards, case = 4 if takes_several else 3, Case(1, 96, 4, 2, 8, dtype="float32", segments=segments)
     inputs = make_inputs(case)
     order = np.asarray(layout_positions(layout, case.seq_len, shards))
 
@@ -58,7 +58,7 @@ def test_replayed_ranks_equal_the_oracle(layout, as_loop, segments, in_place, ta
     kernel = kernels.load("xla", CPU)
     output, dq, dk, dv = [], [], 0, 0
     for rank in range(shards):
-        replay = Replay(shards, rank, layout, takes_two=takes_two)
+        replay = Replay(shards, rank, layout, steps=steps)
         out, lse = replay_forward(kernel, replay, query[rank], keys, values, ids)
         rank_dq, shares = replay_backward(
             kernel, replay, query[rank], keys, values, out, lse, d_out[rank], segment_ids=ids, in_place=in_place
@@ -74,7 +74,7 @@ def test_replayed_ranks_equal_the_oracle(layout, as_loop, segments, in_place, ta
 @pytest.mark.parametrize(("shards", "is_loop"), [(1, False), (2, False), (4, True)])
 def test_a_right_kernel_is_timed(shards, is_loop, monkeypatch):
     if is_loop:
-        monkeypatch.setattr(ring_module, "MAX_UNROLLED_STEPS", 0)
+        monkeypatch.setattr(ring_steps, "MAX_UNROLLED_STEPS", 0)
     program = kernel_benchmarks.Program("xla", Case(1, 128, 4, 2, 16), Replay(shards, shards - 1))
     assert program.replay.is_loop == is_loop
     (row,) = kernel_benchmarks.measure([_candidate(program, lambda forward, backward: (forward, backward))])

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from benchmarks.cases import DTYPES, HEAD_DIMS, HEADS, SEGMENTS, SHARDS, Case, Inputs, make_inputs
-from ring_jax import LAYOUTS, layout_positions, ring, ring_attention, ring_attention_shard
+from ring_jax import LAYOUTS, layout_positions, ring, ring_attention, ring_attention_shard, ring_steps
 from ring_jax.kernels import BlockMask
 from ring_jax.kernels.reference import ReferenceResult, reference_attention, visible_pairs
 from tests.budget import assert_does_not_grow, assert_within_budget, error
@@ -301,7 +301,7 @@ def test_ring_too_long_to_write_out_is_the_same(monkeypatch, in_place):
     arguments = inputs, jnp.arange(10 * shards, dtype=jnp.int32)
     written_out = _attend_anywhere.trace(*arguments, shards=shards, is_causal=True)
     jax.clear_caches()
-    monkeypatch.setattr(ring, "MAX_UNROLLED_STEPS", 2)
+    monkeypatch.setattr(ring_steps, "MAX_UNROLLED_STEPS", 2)
     looped = _attend_anywhere.trace(*arguments, shards=shards, is_causal=True)
     jax.clear_caches()
     assert str(looped.jaxpr).count("ppermute") < str(written_out.jaxpr).count("ppermute")
@@ -309,19 +309,30 @@ def test_ring_too_long_to_write_out_is_the_same(monkeypatch, in_place):
     _assert_same_bits(first, second)
 
 
-@pytest.mark.parametrize(("shards", "is_causal"), [(4, True), (8, True), (6, False)])
-def test_ring_whose_steps_take_two_blocks_is_exact(monkeypatch, shards, is_causal):
-    """In the ring of 8 one step of an even rank takes one block that half of its queries see, and one that all see."""
+@pytest.mark.parametrize(
+    ("shards", "is_causal", "forward", "backward"),
+    [
+        (4, True, ((0,), (1, 2, 3)), ((0,), (1,), (2, 3))),
+        (5, True, ((0,), (1, 2, 3, 4)), None),
+        (8, True, ((0,), (1, 2, 3, 4), (5, 6, 7)), ((0,), (1,), (2, 3), (4, 5), (6, 7))),
+        (6, False, ((0,), (1, 2, 3, 4), (5,)), ((0,), (1,), (2, 3), (4, 5))),
+    ],
+)
+def test_ring_whose_steps_take_several_blocks_is_exact(monkeypatch, shards, is_causal, forward, backward):
+    """Of most ranks some step takes blocks that half of the queries see, and blocks that all see."""
     inputs = make_inputs(Case(2, 8 * shards, 4, 2, 8, "float32", is_causal), seed=1)
-    steps, of_two = [], ring.RingMasks.mask_of_two
+    taken, of_steps = [], ring_steps.RingMasks.of_steps
     monkeypatch.setattr(ring.kernels, "has_fused_backward", lambda *_: True)
-    monkeypatch.setattr(ring.kernels, "prefers_two_blocks", lambda *_: True)
-    monkeypatch.setattr(ring.RingMasks, "mask_of_two", lambda masks, step: steps.append(step) or of_two(masks, step))
+    monkeypatch.setattr(ring.kernels, "prefers_several_blocks", lambda *_: True)
+    monkeypatch.setattr(ring_steps, "_TOKENS_PER_HOP", 1)
+    monkeypatch.setattr(
+        ring_steps.RingMasks, "of_steps", lambda ring, steps: taken.append(steps) or of_steps(ring, steps)
+    )
     jax.clear_caches()
     layout = "zigzag" if is_causal else "contiguous"
     traced = _attend.trace(inputs, layout=layout, shards=shards, is_causal=is_causal, scale=None)
     jax.clear_caches()
-    assert set(steps) == set(range(2, shards, 2))
+    assert set(taken) == {forward, backward} - {None}
     _assert_exact(traced.lower().compile()(inputs), inputs, *_oracle(inputs, is_causal, None))
 
 

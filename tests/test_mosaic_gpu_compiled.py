@@ -25,12 +25,13 @@ from ring_jax.kernels.contract import AttentionState, BlockMask
         (128, 8, True, False, 1),
         (128, 8, True, True, 1),
         (128, 8, True, False, 2),
-        (128, 8, True, True, 2),
+        (128, 1, True, False, 3),
+        (128, 1, True, True, 4),
         (96, 8, True, False, 1),
     ],
 )
 def test_forward_with_ranges_of_steps_compiles_without_spills(head_dim, num_blocks, has_state, is_last, at_once):
-    """Of an only, a first, a middle and a last block, the latter two of several that are named, also two at once.
+    """Of an only, a first, a middle and a last block, the latter two of several that are named, also several at once.
 
     No array is copied.
     """
@@ -44,12 +45,12 @@ def test_forward_with_ranges_of_steps_compiles_without_spills(head_dim, num_bloc
         is_even = num_blocks is not None
         block = block if num_blocks == 8 else None
         mask = BlockMask(q_positions, k_positions, None, None, is_causal=is_even, is_even=is_even, block=block)
-        keys, values = (key, value) if at_once == 1 else ((key, key), (value, value))
+        keys, values = (key, value) if at_once == 1 else ((key,) * at_once, (value,) * at_once)
         return mosaic_gpu.forward(query, keys, values, state, mask, scale=head_dim**-0.5, is_last=is_last)
 
     query, key = array((1, queries, heads, head_dim)), array((1, keys, kv_heads, head_dim))
     state = AttentionState(array(query.shape, jnp.float32), array((1, heads, queries), jnp.float32))
-    k_positions = array((8, at_once * keys) if num_blocks == 8 else (keys,), jnp.int32)
+    k_positions = array((8, at_once * keys) if num_blocks == 8 else (at_once * keys,), jnp.int32)
     in_place = has_state and not is_last
     args = (
         query,
@@ -63,7 +64,8 @@ def test_forward_with_ranges_of_steps_compiles_without_spills(head_dim, num_bloc
     compiled, usage = compile_mosaic(jax.jit(run, donate_argnums=3 if in_place else ()), *args)
     assert [use for use in usage if use.spills or use.serialized] == []
     _check_waits_for_values(usage)
-    parts = 132 * 128 * (head_dim + 2) * 4
+    # For tiles of each of two lengths.
+    parts = 2 * 132 * 128 * (head_dim + 2) * 4
     memory = compiled.memory_analysis()
     assert memory is not None
     assert parts <= memory.temp_size_in_bytes < 1.1 * parts

@@ -43,6 +43,7 @@ class Shape:
 
 
 EQUAL = Shape(num_heads=4, batch=1, steps=(9,) * 33, programs=7)
+TWO_LENGTHS = Shape(num_heads=4, batch=1, steps=(0,) * 3 + (9,) * 17 + (23,) * 16, programs=7)
 UNEQUAL = Shape(num_heads=6, batch=2, steps=tuple(range(20)), heads_together=3, has_ranges=False)
 SHAPES = [
     Shape(num_heads=32, batch=1, steps=(32,) * 64),
@@ -55,7 +56,12 @@ SHAPES = [
     Shape(num_heads=1, batch=1, steps=(512,) * 9),
     Shape(num_heads=1, batch=1, steps=(0,) * 5),
     EQUAL,
-    Shape(num_heads=8, batch=1, steps=(20,) * 10 + (21,) * 10),
+    TWO_LENGTHS,
+    Shape(num_heads=4, batch=1, steps=(96,) * 32 + (224,) * 32, visits_empty=True),
+    Shape(num_heads=3, batch=2, steps=(0, 0, 9, 9, 9, 0), programs=4, visits_empty=True),
+    Shape(num_heads=1, batch=1, steps=(50, 50, 50, 2, 2, 0, 0), visits_empty=True),
+    Shape(num_heads=2, batch=1, steps=(30, 8, 30)),
+    Shape(num_heads=8, batch=1, steps=(20,) * 10 + (21,) * 10 + (22,)),
     UNEQUAL,
     Shape(num_heads=5, batch=1, steps=tuple(range(1, 20)), heads_together=5, has_ranges=False, partial=1),
 ]
@@ -93,20 +99,25 @@ def test_every_step_is_taken_once_and_all_that_is_left_is_merged(shape, monkeypa
 
 
 @pytest.mark.parametrize(
-    "shape", [shape for shape in SHAPES if shape.has_ranges and len(set(shape.steps)) == 1], ids=str
+    ("shape", "kinds"),
+    [*((shape, 1) for shape in SHAPES if shape.has_ranges and len(set(shape.steps)) == 1), (TWO_LENGTHS, 2)],
+    ids=str,
 )
-def test_programs_end_together(shape, monkeypatch):
-    """Equal programs, each with its share of the ranges, differ by one range's steps: the last range is a short one."""
+def test_programs_end_together(shape, kinds, monkeypatch):
+    """Equal programs, each with its share of the ranges, differ by one range's steps of each kind of tiles.
+
+    The last range is a short one.
+    """
     monkeypatch.setattr(mosaic_gpu_split, "MULTIPROCESSORS", shape.programs)
     queue, inputs = _queue(shape)
     steps = np.zeros(shape.programs)
     for _, of_entry in _by_entry(queue, inputs):
         steps[np.argmin(steps)] += sum(piece.walk.steps for piece in of_entry)
-    assert steps.max() <= np.ceil(steps.mean()) + mosaic_gpu_queue._SHARING_STEPS
+    assert steps.max() <= np.ceil(steps.mean()) + kinds * mosaic_gpu_queue._SHARING_STEPS
 
 
 def test_unequal_tiles_are_not_shared():
-    (shape,) = (shape for shape in SHAPES if 21 in shape.steps and 20 in shape.steps and shape.has_ranges)
+    (shape,) = (shape for shape in SHAPES if 21 in shape.steps and 22 in shape.steps and shape.has_ranges)
     queue, inputs = _queue(shape)
     assert all(piece.left_by < 0 for _, piece in _pieces(queue, inputs))
 

@@ -1,5 +1,6 @@
 """What the ring must be, whatever it computes: N-1 hops, nothing gathered, linear memory, balanced work."""
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -14,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ring_jax import LAYOUTS, SAVED_NAMES, layout_positions, ring_attention
 from ring_jax.kernels.contract import BlockMask
 from ring_jax.kernels.tiles import key_ranges
-from ring_jax.ring import takes_two_blocks
+from ring_jax.ring_steps import RingSteps
 from tests.jaxpr_shapes import intermediate_shapes
 
 COLLECTIVES = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-broadcast|collective-permute"
@@ -82,34 +83,50 @@ def test_hops_and_their_bytes(shards: int, with_segments: bool):
 
 
 _SHORT: dict[str, Any] = dict(
-    implementation="mosaic_gpu", size=8, shard_len=8192, head_dim=128, layout="zigzag", is_causal=True,
-    has_segments=False, is_in_one_process=True,
+    implementation="mosaic_gpu", query_shape=(1, 8192, 32, 128), key_shape=(1, 8192, 8, 128), size=8, layout="zigzag",
+    is_causal=True, has_segments=False, is_in_one_process=True,
 )  # fmt: skip
 
 
+def _shapes(shard_len: int, heads: int, kv_heads: int, head_dim: int = 128) -> dict[str, Any]:
+    return {"query_shape": (1, shard_len, heads, head_dim), "key_shape": (1, shard_len, kv_heads, head_dim)}
+
+
 @pytest.mark.parametrize(
-    ("change", "expected"),
+    ("change", "forward", "backward"),
     [
-        ({}, True),
-        ({"size": 4, "shard_len": 256}, True),
-        ({"size": 2}, False),
-        ({"size": 7}, False),
-        ({"size": 20}, False),
-        ({"shard_len": 8192 - 128}, False),
-        ({"shard_len": 16384}, False),
-        ({"head_dim": 64}, False),
-        ({"layout": "contiguous"}, False),
-        ({"layout": "contiguous", "is_causal": False}, True),
-        ({"layout": None}, False),
-        ({"has_segments": True}, False),
-        ({"is_in_one_process": False}, False),
-        ({"implementation": "triton"}, False),
-        ({"implementation": "mosaic_gpu_deterministic"}, False),
+        ({}, [1, 3, 4], [1, 1, 2, 2, 2]),
+        ({"size": 4}, [1, 3], [1, 1, 2]),
+        ({"size": 3}, [1, 2], [1] * 3),
+        ({"size": 2}, [1, 1], [1, 1]),
+        ({"size": 16}, [1, 3, 4, 4, 4], [1, 1] + [2] * 7),
+        ({"size": 20}, [1] * 20, [1] * 20),
+        (_shapes(8192, 32, 32), [1] * 8, [1, 1, 2, 2, 2]),
+        (_shapes(4096, 40, 8), [1, 2, 4, 1], [1, 1, 2, 2, 2]),
+        (_shapes(256, 32, 8), [1] * 8, [1, 1, 2, 2, 2]),
+        (_shapes(8192 - 128, 32, 8), [1] * 8, [1] * 8),
+        (_shapes(16384, 32, 8), [1] * 8, [1] * 8),
+        (_shapes(8192, 32, 8, 64), [1] * 8, [1] * 8),
+        ({"layout": "contiguous"}, [1] * 8, [1] * 8),
+        ({"layout": "contiguous", "is_causal": False}, [1, 4, 3], [1, 1, 2, 2, 2]),
+        ({"layout": "contiguous", "is_causal": False} | _shapes(8192, 16, 8), [1, 3, 4], [1, 1, 2, 2, 2]),
+        ({"layout": None}, [1] * 8, [1] * 8),
+        ({"has_segments": True}, [1] * 8, [1] * 8),
+        ({"is_in_one_process": False}, [1] * 8, [1] * 8),
+        ({"implementation": "triton"}, [1] * 8, [1] * 8),
+        ({"implementation": "mosaic_gpu_deterministic"}, [1] * 8, [1] * 8),
     ],
 )
-def test_short_shards_are_taken_two_at_a_time(change, expected):
-    """Not where one would be left over, in loops, where halves are no whole tiles, or of runs with a gap."""
-    assert takes_two_blocks(**_SHORT | change) == expected
+def test_short_shards_are_taken_several_at_a_time(change, forward, backward):
+    """Forward as many as arrive under the step before; backward two, if none is left over.
+
+    Not in loops, where halves are no whole tiles, or of runs with a gap.
+    """
+    steps = RingSteps.of(**_SHORT | change)
+    assert [len(hops) for hops in steps.forward] == forward
+    assert [len(hops) for hops in steps.backward] == backward
+    hops = list(range((_SHORT | change)["size"]))
+    assert [list(itertools.chain(*taken)) for taken in (steps.forward, steps.backward)] == [hops, hops]
 
 
 def test_one_shard_sends_nothing():
