@@ -120,7 +120,7 @@ def of_rank(implementation: str, case: Case, replay: Replay) -> Program:
         has_segments=case.segments != "none",
         is_in_one_process=True,
     )
-    return Program(implementation, case, dataclasses.replace(replay, steps=steps))
+    return Program(implementation, case, dataclasses.replace(replay, given_steps=steps))
 
 
 def programs(implementations: list[str]) -> list[Program]:

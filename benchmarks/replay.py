@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from ring_jax.kernels import AttentionState, BlockMask, Blocks, StepKernel
 from ring_jax.layouts import EVEN_LAYOUTS, check_layout, shard_positions
-from ring_jax.ring_steps import RingMasks, RingSteps, Step, Steps, is_loop
+from ring_jax.ring_steps import RingMasks, RingSteps, Step, Steps, is_loop, takes_several
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Replay:
     layout: str = "zigzag"
     is_causal: bool = True
     # What the steps take, if not a block each.
-    steps: RingSteps | None = None
+    given_steps: RingSteps | None = None
 
     def __post_init__(self):
         if not 0 <= self.rank < self.num_shards:
@@ -43,9 +43,9 @@ class Replay:
         return [(self.rank - step) % self.num_shards for step in range(self.num_shards)]
 
     @property
-    def ring_steps(self) -> RingSteps:
+    def steps(self) -> RingSteps:
         """What the steps take."""
-        return RingSteps.one_by_one(self.num_shards) if self.steps is None else self.steps
+        return RingSteps.one_by_one(self.num_shards) if self.given_steps is None else self.given_steps
 
     @property
     def begun(self) -> list[int]:
@@ -54,7 +54,7 @@ class Replay:
         Each block has two sums, of every second rank's shares; where steps take two blocks also two of the ranks that
         take it second.
         """
-        takes_two = max(map(len, self.ring_steps.backward)) > 1
+        takes_two = takes_several(self.steps.backward)
         return [self.owners[i] for i in ((0, 1, 3, 5) if takes_two else (0, 1)) if i < self.num_shards]
 
     @property
@@ -78,7 +78,7 @@ class Replay:
         positions = functools.partial(self.positions, shard_len=shard_len)
         is_even = self.layout in EVEN_LAYOUTS
         masks = RingMasks(self.num_shards, self.rank, positions, self.is_causal, is_even=is_even)
-        if max(map(len, steps)) > 1:
+        if takes_several(steps):
             assert segment_ids is None
             of_steps: list[Sequence[Step]] = [*self.by_owners(steps)]
             return masks.of_steps(steps)[of_steps.index(owners)]
@@ -96,7 +96,7 @@ def replay_forward(
     segment_ids: Int32[Array, "num_shards B T"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B N T"]]:
     """The rank's output in the query's dtype and its logsumexp, as the ring computes them."""
-    scale, steps = query.shape[3] ** -0.5, replay.ring_steps.forward
+    scale, steps = query.shape[3] ** -0.5, replay.steps.forward
 
     def attend(state: AttentionState | None, owners: Sequence[Step], is_last: bool = False) -> AttentionState:
         mask = replay.mask(steps, owners, query.shape[1], segment_ids)
@@ -133,7 +133,7 @@ def replay_backward(
     """
     assert not replay.is_loop or not jax.tree.leaves(arriving), "in a loop nothing arrives"
     delta = jnp.sum(d_out.astype(jnp.float32) * output.astype(jnp.float32), axis=-1).swapaxes(1, 2)
-    scale, is_only, steps = query.shape[3] ** -0.5, replay.num_shards == 1, replay.ring_steps.backward
+    scale, is_only, steps = query.shape[3] ** -0.5, replay.num_shards == 1, replay.steps.backward
 
     def differentiate(dq: Array, owners: Sequence[Step]) -> tuple[Array, tuple[Any, ...]]:
         given = [None if arriving is None or not isinstance(owner, int) else arriving[owner] for owner in owners]

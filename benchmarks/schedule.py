@@ -141,7 +141,7 @@ def compile_ring(case: RingCase) -> tuple[CompiledRing, CompiledRing]:
             "gradient",
             gradient,
             (q, k, k, ids, q),
-            _necessary_backward(q, k, steps.backward),
+            max(_necessary_forward(q, k, steps.forward), _necessary_backward(q, k, steps.backward)),
             2 * block_sent + (gradients_sent if hops else 0),
         ),
     )

@@ -89,9 +89,9 @@ def compare(program: Program, config: Config, target: Target) -> Iterator[dict[s
     Raises:
         ValueError: a form's result is wrong.
     """
-    # Older kernels take one block at a time.
-    takes_several = hasattr(sys.modules[OTHER], "prefers_several_blocks")
-    replay = dataclasses.replace(program.replay, steps=program.replay.steps if takes_several else None)
+    # Kernels without this function are given one block at a time, also those that could take two.
+    knows_several = hasattr(sys.modules[OTHER], "prefers_several_blocks")
+    replay = dataclasses.replace(program.replay, given_steps=program.replay.steps if knows_several else None)
     other = OtherProgram(program.implementation, program.case, replay, package=OTHER)
     arrays = draw(program)
     gate = Gate(program.case, program.replay, arrays)

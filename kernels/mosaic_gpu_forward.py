@@ -319,6 +319,7 @@ def attend(
         visits_empty=not in_place,
         waves=forward_waves(is_last=is_last),
         one_each=not config.early_state,
+        lengths=1 if len(keys) == 1 else 2,
     )
     block = Block(
         config=config,

@@ -127,7 +127,7 @@ class Program:
         return following
 
     def piece(self, number: jax.Array) -> Piece:
-        """A piece. Read where it is needed: kept through loops it would cost registers."""
+        """A piece. The warps that compute read it where they need it: kept through loops it would cost registers."""
         return Piece.read(self.scratch.numbers_of_piece(number))
 
     def copy_tile(self, blocks: tuple[Ref, ...], tile: KeyTile, target: Ref, ready: Ref) -> None:

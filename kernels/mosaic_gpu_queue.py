@@ -93,9 +93,10 @@ class Queue:
     """The queue of a block of `tiles` query tiles of `num_heads` heads of `batch` sequences.
 
     The tiles of `heads_together` heads stand side by side, those of their last tile first. With `visits_empty` tiles
-    that see no key are given one all the same. `programs` run at a time and take from the queue, in `waves` one after
-    the other; with `is_fixed` equally many entries each, with `one_each` a single one. `is_fixed` is for the
-    interpreter too, which has no counter that programs share.
+    that see no key are given one all the same. Left-over tiles are shared where they are of up to `lengths` lengths,
+    never if it is 0. `programs` run at a time and take from the queue, in `waves` one after the other; with `is_fixed`
+    equally many entries each, with `one_each` a single one. `is_fixed` is for the interpreter too, which has no counter
+    that programs share.
     """
 
     num_heads: int
@@ -103,7 +104,7 @@ class Queue:
     batch: int
     programs: int
     waves: int
-    num_ranges: int
+    lengths: int
     heads_together: int
     visits_empty: bool
     one_each: bool
@@ -121,17 +122,18 @@ class Queue:
         range_steps: int | None,
         waves: int,
         one_each: bool,
+        lengths: int = 1,
     ) -> "Queue":
         """The queue for `waves` times as many programs as run at a time, or `one_each` for one for every entry.
 
-        Its last entries can be ranges of the steps of equal tiles, which have up to `range_steps`, unless that is None.
+        Of tiles of one length, or of each of two `lengths`, the last entries can be ranges of their steps, which have
+        up to `range_steps`, unless that is None.
         """
         entries = num_heads * tiles * batch
         if one_each:
             return cls(num_heads, tiles, batch, entries, 1, 0, heads_together, visits_empty, one_each, is_fixed=True)
         programs = min(mosaic_gpu_split.MULTIPROCESSORS, entries * (range_steps or 1))
-        num_ranges = 0 if range_steps is None else 2 * programs
-        shape = num_heads, tiles, batch, programs, waves, num_ranges
+        shape = num_heads, tiles, batch, programs, waves, 0 if range_steps is None else lengths
         return cls(*shape, heads_together, visits_empty, one_each, is_fixed=is_interpreted())
 
     def work(self, ranges: TileRanges) -> Work | None:
@@ -141,25 +143,32 @@ class Queue:
         steps = ranges.end - ranges.start
         tile = jnp.arange(self.tiles, dtype=jnp.int32)
         first_seeing, seeing = _run(steps > 0, tile)
-        longest = jnp.max(steps, axis=-1, keepdims=True)
-        lengths = jnp.concatenate([longest, jnp.max(jnp.where(steps < longest, steps, 0), axis=-1, keepdims=True)], -1)
+        lengths = jnp.max(steps, axis=-1, keepdims=True)
+        if self.lengths == 2:
+            shorter = jnp.max(jnp.where(steps < lengths, steps, 0), axis=-1, keepdims=True)
+            lengths = jnp.concatenate([lengths, shorter], axis=-1)
         is_of_kind = (steps[:, None] == lengths[..., None]) & (lengths[..., None] > 0)
         first, tiles = _run(is_of_kind, tile)
         # With more lengths or with gaps all tiles are of one kind, and none is shared.
-        are_two = jnp.all(tiles == is_of_kind.sum(-1, dtype=jnp.int32), axis=-1) & (tiles.sum(-1) == seeing)
-        are_two, is_longer = are_two[:, None], jnp.arange(lengths.shape[-1]) == 0
-        first = jnp.where(are_two, first, first_seeing[:, None])
-        tiles = jnp.where(are_two, tiles, jnp.where(is_longer, seeing[:, None], 0))
+        are_known = jnp.all(tiles == is_of_kind.sum(-1, dtype=jnp.int32), axis=-1) & (tiles.sum(-1) == seeing)
+        are_known, is_longer = are_known[:, None], jnp.arange(lengths.shape[-1]) == 0
+        first = jnp.where(are_known, first, first_seeing[:, None])
+        tiles = jnp.where(are_known, tiles, jnp.where(is_longer, seeing[:, None], 0))
         all_tiles = tiles * self.num_heads * self.batch
         left_over = lax.rem(all_tiles, jnp.int32(self.programs))
         range_steps = -(-left_over * lengths // self.programs)
-        is_worth_it = are_two & (lengths - range_steps > _SHARING_STEPS)
+        is_worth_it = are_known & (lengths - range_steps > _SHARING_STEPS)
         left_over = jnp.where(is_worth_it, left_over, 0)
         whole, one = all_tiles - left_over, jnp.int32(1)
         # Divisors, also where nothing is visible and nothing will be asked of them.
         tiles, lengths, range_steps = (jnp.maximum(x, one) for x in (tiles, lengths, range_steps))
         entries = whole + (left_over * lengths + range_steps - 1) // range_steps
         return Work(first, tiles, lengths, whole, left_over, range_steps, entries, first_seeing, seeing)
+
+    @property
+    def num_ranges(self) -> int:
+        """How many ranges there can be."""
+        return self.lengths * self.programs
 
     @property
     def num_programs(self) -> int:
@@ -171,8 +180,8 @@ class Queue:
         program = lax.axis_index("programs")
         entries = jnp.int32(self.num_heads * self.tiles * self.batch)
         if self.num_ranges:
-            of_kind, block = inputs.work.entries, self._block_of_work(inputs)
-            entries = of_kind[block, 0] + of_kind[block, 1]
+            block = self._block_of_work(inputs)
+            entries = self._entries_that_see(inputs, block)
             if self.visits_empty:
                 entries += (self.tiles - inputs.work.seeing[block]) * (self.num_heads * self.batch)
         if self.is_fixed:
@@ -225,6 +234,11 @@ class Queue:
     def _block_of_work(self, inputs: Any) -> jax.Array | int:
         return 0 if inputs.work.steps.shape[0] == 1 else inputs.mask.block[0]
 
+    def _entries_that_see(self, inputs: Any, block: jax.Array | int) -> jax.Array:
+        """How many entries are tiles that see anything, or ranges; tiles that see nothing follow them."""
+        of_kind = inputs.work.entries
+        return of_kind[block, 0] if self.lengths == 1 else of_kind[block, 0] + of_kind[block, 1]
+
     def _next_entry(self, entry: jax.Array, counter: Ref | None, taken: Ref) -> jax.Array:
         if self.is_fixed:
             return entry + 1
@@ -234,13 +248,14 @@ class Queue:
         """The piece at a position, and the steps of its range taken with it and before, 0 if these are all."""
         if not self.num_ranges:
             return self._tile_of_all(inputs, position.entry)
-        of_kind, block = inputs.work.entries, self._block_of_work(inputs)
-        longer = of_kind[block, 0]
-        kind = (position.entry >= longer).astype(jnp.int32)
-        of_its_kind = position._replace(entry=position.entry - kind * longer)
+        kind, block, of_its_kind = jnp.int32(0), self._block_of_work(inputs), position
+        if self.lengths == 2:
+            longer = inputs.work.entries[block, 0]
+            kind = (position.entry >= longer).astype(jnp.int32)
+            of_its_kind = position._replace(entry=position.entry - kind * longer)
         if not self.visits_empty:
             return self._tile_or_part(inputs, kind, of_its_kind)
-        hidden = position.entry - longer - of_kind[block, 1]
+        hidden = position.entry - self._entries_that_see(inputs, block)
         return lax.cond(
             hidden < 0,
             lambda: self._tile_or_part(inputs, kind, of_its_kind),

@@ -4,9 +4,9 @@ Runs inside `jax.shard_map`. The forward ring makes N-1 hops; the gradients are 
 `custom_vjp`: keys and values go round once more, and the gradients of each block travel with it in float32 and arrive
 at its owner after N hops. What each step computes is the kernels' business, see `kernels/contract.py`.
 
-Where shards are short, kernels that can take the blocks of several ranks at once (`ring_steps.py`): forward the own
-block and then several at a time, that come from their owners in one hop each; backward the own block, that of the rank
-before, and then two at a time, in hops of two places. As many bytes are sent as one by one.
+Where shards are short, kernels that can do so take the blocks of several ranks at once (`ring_steps.py`): forward the
+own block and then several at a time, that come from their owners in one hop each; backward the own block, that of the
+rank before, and then two at a time, in hops of two places. As many bytes are sent as one by one.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from . import kernels
 from .collectives import AxisName, gather_shards, rotate
 from .kernels import AttentionState, BlockMask, Blocks, Sums, match_varying
 from .layouts import EVEN_LAYOUTS, shard_positions
-from .ring_steps import RingMasks, RingSteps, Step, Steps
+from .ring_steps import RingMasks, RingSteps, Step, Steps, takes_several
 
 # Names of the two residuals that a remat policy can save, so that the backward pass need not run the forward ring.
 SAVED_NAMES = ("ring_attention_output", "ring_attention_lse")
@@ -116,7 +116,8 @@ def _attend(
     block = Block(key, value, segment_ids)
     if ring.size == 1:
         state = compute(0, block, None, is_last=True)
-    elif _take_several(steps):
+    elif takes_several(steps):
+        assert segment_ids is None
         state = _attend_by_groups(attend, ring, steps, options.axis_name, block)
     else:
         carry = compute_and_pass_on(0, (block, None))
@@ -177,7 +178,8 @@ def _attend_backward(options: RingOptions, residuals: tuple, cotangents: tuple[A
     dq = jnp.broadcast_to(zero, query.shape)
     if ring.size == 1:
         dq, (dk, dv) = compute(0, own_block, dq)
-    elif _take_several(steps):
+    elif takes_several(steps):
+        assert segment_ids is None
         assert kernels.has_fused_backward(options.implementation, query.shape[3])
         dq, dk, dv = _differentiate_by_twos(differentiate, ring, steps, options.axis_name, own_block, dq, zero)
     elif kernels.has_fused_backward(options.implementation, query.shape[3]):
@@ -337,11 +339,6 @@ def _repeat[C](step_fn: Callable[[Step, C], C], carry: C, *, last: int, loop_ste
     for step in range(first, last):
         carry = step_fn(step, carry)
     return carry
-
-
-def _take_several(steps: Steps) -> bool:
-    """Whether any of the steps takes several blocks."""
-    return max(map(len, steps)) > 1
 
 
 def _steps(

@@ -22,13 +22,15 @@ MAX_UNROLLED_STEPS = 16
 # Forward steps take so many blocks at most. More would have little left to save, and as many more arrive meanwhile.
 _MOST_BLOCKS = 4
 # With so many tokens times query heads of a key head, the hop of a block takes half as long as its causal kernel:
-# 16-bit keys and values at 280 GB/s, as copy engines of two H200s sent seven blocks, and 750 TFLOP/s
+# 16-bit keys and values of head dim 128 at 280 GB/s, as copy engines of two H200s sent seven blocks, and 750 TFLOP/s
 # (`benchmarks/LOG.md`).
 _TOKENS_PER_HOP = 10_000
 
+# The number of a step, or a rank.
 Step = int | Int32[Array, ""]
-# By step, how many places before a rank those are whose blocks it takes.
-type Steps = tuple[tuple[int, ...], ...]
+# How many places before a rank those are whose blocks a step takes.
+type Hops = tuple[int, ...]
+type Steps = tuple[Hops, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +43,7 @@ class RingSteps:
     @classmethod
     def one_by_one(cls, size: int) -> "RingSteps":
         """A block a step."""
-        steps = tuple((hops,) for hops in range(size))
-        return cls(steps, steps)
+        return cls(_one_by_one(size), _one_by_one(size))
 
     @classmethod
     def of(
@@ -79,9 +80,18 @@ def is_loop(size: int) -> bool:
     return size - 2 > MAX_UNROLLED_STEPS
 
 
+def takes_several(steps: Steps) -> bool:
+    """Whether any of the steps takes several blocks."""
+    return max(map(len, steps)) > 1
+
+
+def _one_by_one(size: int) -> Steps:
+    return tuple((hops,) for hops in range(size))
+
+
 def _in_groups(size: int, hops_under_block: int) -> Steps:
-    """The own block, and then as many at once as arrive while the kernel of the step before runs, up to four."""
-    steps: list[tuple[int, ...]] = [(0,)]
+    """The own block, and then as many at once as arrive in half the time of the step before, up to four."""
+    steps: list[Hops] = [(0,)]
     hops = 1
     while hops < size:
         group = min(max(len(steps[-1]) * hops_under_block, 1), _MOST_BLOCKS, size - hops)
@@ -93,10 +103,10 @@ def _in_groups(size: int, hops_under_block: int) -> Steps:
 def _in_twos(size: int) -> Steps:
     """The own block, the next one, and then two at a time, if none is left over: what the backward ring takes.
 
-    Its kernel gains by two blocks what it gains by more, and two sums go home under half a kernel.
+    More were 1 % faster for a first rank and slower for a last one, and two sums go home under half a kernel.
     """
     if size < 4 or size % 2:
-        return RingSteps.one_by_one(size).backward
+        return _one_by_one(size)
     return ((0,), (1,), *itertools.batched(range(2, size), 2))
 
 

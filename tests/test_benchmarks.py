@@ -58,7 +58,7 @@ def test_replayed_ranks_equal_the_oracle(layout, as_loop, segments, in_place, ta
     kernel = kernels.load("xla", CPU)
     output, dq, dk, dv = [], [], 0, 0
     for rank in range(shards):
-        replay = Replay(shards, rank, layout, steps=steps)
+        replay = Replay(shards, rank, layout, given_steps=steps)
         out, lse = replay_forward(kernel, replay, query[rank], keys, values, ids)
         rank_dq, shares = replay_backward(
             kernel, replay, query[rank], keys, values, out, lse, d_out[rank], segment_ids=ids, in_place=in_place

@@ -28,6 +28,7 @@ class Shape:
     heads_together: int = 1
     has_ranges: bool = True
     partial: int = 0
+    lengths: int = 1
     visits_empty: bool = False
     programs: int = 132
 
@@ -43,7 +44,7 @@ class Shape:
 
 
 EQUAL = Shape(num_heads=4, batch=1, steps=(9,) * 33, programs=7)
-TWO_LENGTHS = Shape(num_heads=4, batch=1, steps=(0,) * 3 + (9,) * 17 + (23,) * 16, programs=7)
+TWO_LENGTHS = Shape(num_heads=4, batch=1, steps=(0,) * 3 + (9,) * 17 + (23,) * 16, programs=7, lengths=2)
 UNEQUAL = Shape(num_heads=6, batch=2, steps=tuple(range(20)), heads_together=3, has_ranges=False)
 SHAPES = [
     Shape(num_heads=32, batch=1, steps=(32,) * 64),
@@ -57,11 +58,12 @@ SHAPES = [
     Shape(num_heads=1, batch=1, steps=(0,) * 5),
     EQUAL,
     TWO_LENGTHS,
-    Shape(num_heads=4, batch=1, steps=(96,) * 32 + (224,) * 32, visits_empty=True),
-    Shape(num_heads=3, batch=2, steps=(0, 0, 9, 9, 9, 0), programs=4, visits_empty=True),
-    Shape(num_heads=1, batch=1, steps=(50, 50, 50, 2, 2, 0, 0), visits_empty=True),
-    Shape(num_heads=2, batch=1, steps=(30, 8, 30)),
-    Shape(num_heads=8, batch=1, steps=(20,) * 10 + (21,) * 10 + (22,)),
+    Shape(num_heads=4, batch=1, steps=(96,) * 32 + (224,) * 32, visits_empty=True, lengths=2),
+    Shape(num_heads=3, batch=2, steps=(0, 0, 9, 9, 9, 0), programs=4, visits_empty=True, lengths=2),
+    Shape(num_heads=1, batch=1, steps=(50, 50, 50, 2, 2, 0, 0), visits_empty=True, lengths=2),
+    Shape(num_heads=2, batch=1, steps=(30, 8, 30), lengths=2),
+    Shape(num_heads=8, batch=1, steps=(20,) * 10 + (21,) * 10),
+    Shape(num_heads=8, batch=1, steps=(20,) * 10 + (21,) * 10 + (22,), lengths=2),
     UNEQUAL,
     Shape(num_heads=5, batch=1, steps=tuple(range(1, 20)), heads_together=5, has_ranges=False, partial=1),
 ]
@@ -99,11 +101,11 @@ def test_every_step_is_taken_once_and_all_that_is_left_is_merged(shape, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("shape", "kinds"),
-    [*((shape, 1) for shape in SHAPES if shape.has_ranges and len(set(shape.steps)) == 1), (TWO_LENGTHS, 2)],
+    "shape",
+    [*(shape for shape in SHAPES if shape.has_ranges and len(set(shape.steps)) == 1), TWO_LENGTHS],
     ids=str,
 )
-def test_programs_end_together(shape, kinds, monkeypatch):
+def test_programs_end_together(shape, monkeypatch):
     """Equal programs, each with its share of the ranges, differ by one range's steps of each kind of tiles.
 
     The last range is a short one.
@@ -113,11 +115,11 @@ def test_programs_end_together(shape, kinds, monkeypatch):
     steps = np.zeros(shape.programs)
     for _, of_entry in _by_entry(queue, inputs):
         steps[np.argmin(steps)] += sum(piece.walk.steps for piece in of_entry)
-    assert steps.max() <= np.ceil(steps.mean()) + kinds * mosaic_gpu_queue._SHARING_STEPS
+    assert steps.max() <= np.ceil(steps.mean()) + shape.lengths * mosaic_gpu_queue._SHARING_STEPS
 
 
-def test_unequal_tiles_are_not_shared():
-    (shape,) = (shape for shape in SHAPES if 21 in shape.steps and 22 in shape.steps and shape.has_ranges)
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if 21 in shape.steps], ids=str)
+def test_tiles_of_more_lengths_are_not_shared(shape):
     queue, inputs = _queue(shape)
     assert all(piece.left_by < 0 for _, piece in _pieces(queue, inputs))
 
@@ -138,7 +140,7 @@ def test_programs_begin_at_the_first_entry_of_theirs(is_fixed):
     assert end[-1] == 132
 
 
-@pytest.mark.parametrize(("shape", "waves"), [(EQUAL, 4), (UNEQUAL, 2)], ids=str)
+@pytest.mark.parametrize(("shape", "waves"), [(EQUAL, 4), (UNEQUAL, 2), (TWO_LENGTHS, 2)], ids=str)
 def test_programs_of_several_waves_take_everything_once(shape, waves, monkeypatch):
     """On a GPU whose multiprocessors are slow and fast, and that begins programs in order where one has ended."""
     monkeypatch.setattr(mosaic_gpu_split, "MULTIPROCESSORS", 7)
@@ -198,6 +200,7 @@ def _queue(shape: Shape) -> tuple[Queue, SimpleNamespace]:
         range_steps=max(shape.steps) if shape.has_ranges else None,
         waves=1,
         one_each=False,
+        lengths=shape.lengths,
     )
     ranges = shape.ranges()
     return queue, SimpleNamespace(ranges=ranges, mask=SimpleNamespace(block=None), work=queue.work(ranges))

@@ -71,10 +71,14 @@ def test_positions_and_tiles_are_computed_once_for_all_steps(is_causal, tokens, 
         # The sums of the own block's dK and dV are added up and rounded at the end.
         assert len([m for m in gradient.others if "add" in m.opcodes and m.num_bytes >= gradient.block_bytes]) == 1
         others.append((forward.num_others, gradient.num_others))
-    # A ring of more steps needs no more. Steps that take four blocks are two of the ring of 12, and one of that of 8.
     of_few_steps, of_more = others
-    assert 0 < of_more[0] <= of_few_steps[0]
-    assert 0 < of_more[1] <= of_few_steps[1]
+    assert min(of_few_steps) > 0
+    if tokens > 8192:
+        assert of_more == of_few_steps
+    else:
+        # Two steps of the ring of 12 take four blocks and find theirs in a stack, which takes less than one alone.
+        assert of_more[0] <= of_few_steps[0]
+        assert of_more[1] <= of_few_steps[1]
 
 
 def test_copy_engines_make_the_hops():

@@ -32,7 +32,8 @@ CASES = [
     Case(queries=400, keys=400, num_blocks=3, heads=4, kv_heads=2, head_dim=64, is_causal=False),
     Case(queries=512, keys=1024, num_blocks=2, heads=2, kv_heads=1, head_dim=128, is_causal=False, rising=True),
     Case(dtype="float16", queries=400, keys=1000, heads=2, kv_heads=1, head_dim=64, rising=True),
-    # Two blocks at once.
+    # Several blocks at once.
+    Case(queries=2048, keys=512, num_blocks=9, heads=4, kv_heads=1, head_dim=128, at_once=4, by_index=True),
     Case(queries=1024, keys=512, num_blocks=3, heads=4, kv_heads=1, head_dim=128, is_even=True, at_once=2),
     Case(queries=512, keys=1024, num_blocks=5, heads=2, kv_heads=2, head_dim=128, is_causal=False, at_once=2),
     Case(queries=2048, keys=768, num_blocks=5, heads=4, kv_heads=1, head_dim=128, at_once=2, by_index=True),
