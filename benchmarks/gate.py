@@ -76,9 +76,13 @@ class Gate:
         output, gradients = passes.forward(), None if passes.backward is None else passes.backward()
         errors = [self._row_errors(output, gradients)]
         if gradients is not None:
-            dk, dv = _by_owner(gradients)
-            errors.append(self._worst({"dk": self._keys(dk), "dv": self._keys(dv)}, *self._dense_keys))
+            errors.append(self.key_errors(gradients))
         return max(errors, key=_excess)
+
+    def key_errors(self, gradients: Any) -> Errors:
+        """Errors of dK or dV on the sampled keys, in what a backward pass of the rank's queries gave."""
+        dk, dv = _by_owner(gradients)
+        return self._worst({"dk": self._keys(dk), "dv": self._keys(dv)}, *self._dense_keys)
 
     def _worst(self, found: _Results, exact: _Results, dense: _Results) -> Errors:
         """The errors of that result which is the nearest to its limit, or the farthest beyond."""

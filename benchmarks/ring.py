@@ -3,9 +3,9 @@
     python -m benchmarks.ring --out benchmarks/results
 
 Without hops every rank computes all its steps on its own block: as much work, wrong results; where a step takes several
-blocks, all are the own one and are read from the cache more often. Both take turns. Output
-and dQ of the first and the last rank of the real ring are compared with float64 before anything is timed. Without a GPU
-it runs on 8 virtual CPU devices, and shows that it works, not how fast a ring is.
+blocks, all are the own one and are read from the cache more often. Both take turns. Output and dQ of the first and the
+last rank of the real ring, and dK and dV of keys of all ranks, are compared with float64 before anything is timed.
+Without a GPU it runs on 8 virtual CPU devices, and shows that it works, not how fast a ring is.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from jaxtyping import Array
 from rich.console import Console
 from rich.table import Table
 
-from ring_jax import attention, compiler_options, kernels, ring_attention
+from ring_jax import attention, compiler_options, from_layout, kernels, ring_attention
 from ring_jax import ring as ring_module
 from ring_jax.mesh import make_mesh, quiet_cuda_plugin, request_cpu_devices
 from ring_jax.training.config import parse_seq_len
@@ -120,19 +120,29 @@ class Ring:
         return self.of_rank(query, rank), everyones(key), everyones(value), self.of_rank(d_out, rank)
 
     def check(self, passes: Passes) -> None:
-        """Compares output and dQ of the first and the last rank with float64.
+        """Compares output and dQ of the first and the last rank, and dK and dV of all ranks, with float64.
 
         Raises:
             ValueError: one of them is wrong.
         """
         assert passes.backward is not None
-        output, (dq, *_) = passes.forward(), passes.backward()
+        output, gradients = passes.forward(), passes.backward()
         for rank in (0, self.num_shards - 1):
-            own_output, own_dq = self.of_rank(output, rank), self.of_rank(dq, rank)
+            own_output, own_dq = self.of_rank(output, rank), self.of_rank(gradients[0], rank)
             passes = Passes(lambda own=own_output: own, lambda own=own_dq: own)
             errors = Gate(self.case, self.program(rank).replay, self.rank_arrays(rank)).row_errors(passes)
             if not errors.is_allowed:
                 raise ValueError(f"wrong result on rank {rank}: {errors}")
+        query, key, value, d_out = map(self.in_natural_order, self.arrays)
+        one_block = Replay(layout="contiguous", is_causal=self.case.is_causal)
+        gate = Gate(self.case, one_block, (query, key[None], value[None], d_out))
+        errors = gate.key_errors(tuple(map(self.in_natural_order, gradients)))
+        if not errors.is_allowed:
+            raise ValueError(f"wrong gradient: {errors}")
+
+    def in_natural_order(self, x: Array) -> Array:
+        """All of an array on the first GPU, its tokens in natural order."""
+        return from_layout(jax.device_put(x, self.mesh.devices.flat[0]), self.layout, self.num_shards)
 
 
 @contextlib.contextmanager

@@ -218,6 +218,17 @@ def test_a_ring_without_hops_is_wrong_and_would_not_be_timed():
         one.check(one.passes(with_hops=False))
 
 
+@pytest.mark.parametrize("wrong", [1, 2])
+def test_a_ring_with_wrong_gradients_of_a_shards_keys_or_values_would_not_be_timed(wrong):
+    (one,) = ring.rings(ring.Config(tokens_per_gpu=("32",), heads=2, kv_heads=2, head_dim=8))
+    passes = one.passes()
+    assert passes.backward is not None
+    gradients = [np.asarray(x).copy() for x in passes.backward()]
+    gradients[wrong][:, 3 * 32 : 4 * 32] *= 1.1
+    with pytest.raises(ValueError, match=f"wrong gradient: .*{('dq', 'dk', 'dv')[wrong]}"):
+        one.check(passes._replace(backward=lambda: [jax.device_put(x, one.arrays[0].sharding) for x in gradients]))
+
+
 def test_a_rank_counts_the_pairs_it_computes():
     case = Case(1, 64, 1, 1, 8)
     ranks = [kernel_benchmarks.Program("xla", case, Replay(4, rank)).rank_flops for rank in range(4)]
