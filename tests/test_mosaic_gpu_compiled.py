@@ -25,6 +25,7 @@ from ring_jax.kernels.contract import AttentionState, BlockMask
         (128, 8, True, False, 1),
         (128, 8, True, True, 1),
         (128, 8, True, False, 2),
+        (128, 8, True, True, 2),
         (128, 8, True, False, 3),
         (128, 8, True, True, 4),
         (96, 8, True, False, 1),
