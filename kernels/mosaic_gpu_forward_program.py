@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .mosaic_gpu_forward_block import Block, Partial, Scratch
-from .mosaic_gpu_primitives import WARPGROUP_ROWS, Ref, slot_of
+from .mosaic_gpu_primitives import WARPGROUP_ROWS, Ref, by_one_warp, slot_of
 from .mosaic_gpu_queue import Piece, Position
 from .several_blocks import block_of_tile, for_block
 
@@ -64,16 +64,19 @@ class Program:
         first = *self.announce_next(position, end, zero), zero, zero
         _, _, pieces, copies = lax.while_loop(lambda carry: carry[1] > 0, copy_piece, first)
 
-        @pl.when(pieces > 0)
-        def _wait_for_last_piece():
-            plgpu.barrier_wait(scratch.piece_free.at[scratch.piece_slot(pieces - 1)])
-            for warpgroup in range(config.compute_warpgroups):
-                plgpu.barrier_wait(scratch.query_free.at[warpgroup])
-                if block.has_state:
-                    plgpu.barrier_wait(scratch.output_free.at[warpgroup])
+        pl.when(pieces > 0)(lambda: plgpu.barrier_wait(scratch.piece_free.at[scratch.piece_slot(pieces - 1)]))
 
-        if config.early_state:
-            self.wait_for_last_readers(copies)
+        @by_one_warp
+        def _wait_for_last():
+            @pl.when(pieces > 0)
+            def _piece():
+                for warpgroup in range(config.compute_warpgroups):
+                    plgpu.barrier_wait(scratch.query_free.at[warpgroup])
+                    if block.has_state:
+                        plgpu.barrier_wait(scratch.output_free.at[warpgroup])
+
+            if config.early_state:
+                self.wait_for_last_readers(copies)
 
     def wait_for_last_readers(self, copies: jax.Array) -> None:
         """Waits until the last of so many keys and values have been computed with."""
@@ -99,32 +102,40 @@ class Program:
         self, position: Position, end: jax.Array, steps: jax.Array, number: jax.Array, copies_before: jax.Array
     ) -> tuple[Position, jax.Array]:
         """Copies all that a piece takes. Returns the position and the steps of the next one, looked up meanwhile."""
-
-        # What these warps do takes time from those that compute: what a step has to know is read before the steps.
         piece = self.piece(number)
-        kv_head = lax.div(piece.head, jnp.int32(self.block.group))
 
-        def key_tile(step: jax.Array) -> KeyTile:
-            tiles_of_block = self.inputs.keys[0].shape[1] // self.block.config.k_tile
-            block, tile = block_of_tile(piece.walk.tile(step), tiles_of_block, len(self.inputs.keys))
-            return KeyTile(piece.batch, kv_head, block, tile)
+        @by_one_warp
+        def _copy_all_but_last_values():
+            @pl.loop(0, steps)
+            def _step(step):
+                tile = self.key_tile(piece, step)
+                self.copy_keys(tile, step, piece, number, copies_before)
 
-        @pl.loop(0, steps - 1)
-        def _copy_all_but_last(step):
-            tile = key_tile(step)
-            self.copy_keys(tile, step, number, copies_before)
-            self.copy_values(tile, step, steps, number, copies_before)
+                @pl.when(step < steps - 1)
+                def _values():
+                    self.copy_values(tile, step, steps, piece, number, copies_before)
 
-        last = key_tile(steps - 1)
-        self.copy_keys(last, steps - 1, number, copies_before)
         # Here there is time for it: the place of the last values is not free yet.
         following = self.announce_next(position, end, number + 1)
-        self.copy_values(last, steps - 1, steps, number, copies_before)
-        if not self.block.config.early_state:
-            # The output comes to lie where queries, keys and values do.
-            self.wait_for_last_readers(steps)
-            self.prepare_output(number)
+        # Read anew: kept meanwhile it would cost registers.
+        piece = self.piece(number)
+        last = self.key_tile(piece, steps - 1)
+
+        @by_one_warp
+        def _copy_last_values():
+            self.copy_values(last, steps - 1, steps, piece, number, copies_before)
+            if not self.block.config.early_state:
+                # The output comes to lie where queries, keys and values do.
+                self.wait_for_last_readers(steps)
+                self.prepare_output(piece, number)
+
         return following
+
+    def key_tile(self, piece: Piece, step: jax.Array) -> KeyTile:
+        """The tile of keys of a piece's step."""
+        tiles_of_block = self.inputs.keys[0].shape[1] // self.block.config.k_tile
+        block, tile = block_of_tile(piece.walk.tile(step), tiles_of_block, len(self.inputs.keys))
+        return KeyTile(piece.batch, lax.div(piece.head, jnp.int32(self.block.group)), block, tile)
 
     def piece(self, number: jax.Array) -> Piece:
         """A piece. The warps that compute read it where they need it: kept through loops it would cost registers."""
@@ -139,16 +150,24 @@ class Program:
 
         for_block(tile.block, len(blocks), copy)
 
-    def copy_keys(self, tile: KeyTile, step: jax.Array, number: jax.Array, copies_before: jax.Array) -> None:
+    def copy_keys(
+        self, tile: KeyTile, step: jax.Array, piece: Piece, number: jax.Array, copies_before: jax.Array
+    ) -> None:
         """Copies the keys of a step, and after the first ones the queries, whose place is free later."""
         scratch, copy = self.scratch, copies_before + step
         slot = self.slot(copy)
         pl.when(copy >= self.block.config.stages)(lambda: plgpu.barrier_wait(scratch.key_free.at[slot]))
         self.copy_tile(self.inputs.keys, tile, scratch.key.at[slot], scratch.key_ready.at[slot])
-        pl.when(step == 0)(lambda: self.copy_queries(number))
+        pl.when(step == 0)(lambda: self.copy_queries(piece, number))
 
     def copy_values(
-        self, tile: KeyTile, step: jax.Array, steps: jax.Array, number: jax.Array, copies_before: jax.Array
+        self,
+        tile: KeyTile,
+        step: jax.Array,
+        steps: jax.Array,
+        piece: Piece,
+        number: jax.Array,
+        copies_before: jax.Array,
     ) -> None:
         """Copies the values of a step, and once some have been copied the running output, which is needed last."""
         config, scratch, copy = self.block.config, self.scratch, copies_before + step
@@ -156,11 +175,11 @@ class Program:
         pl.when(copy >= config.stages)(lambda: plgpu.barrier_wait(scratch.value_free.at[slot]))
         self.copy_tile(self.inputs.values, tile, scratch.value.at[slot], scratch.value_ready.at[slot])
         if config.early_state and self.block.has_state:
-            pl.when(step == jnp.minimum(2 * config.stages, steps) - 1)(lambda: self.prepare_output(number))
+            pl.when(step == jnp.minimum(2 * config.stages, steps) - 1)(lambda: self.prepare_output(piece, number))
 
-    def copy_queries(self, number: jax.Array) -> None:
+    def copy_queries(self, piece: Piece, number: jax.Array) -> None:
         """Copies a piece's queries, and with them the running logsumexps of their rows."""
-        piece, scratch = self.piece(number), self.scratch
+        scratch = self.scratch
         for warpgroup in range(self.block.config.compute_warpgroups):
             self.wait_before_next(scratch.query_free.at[warpgroup], number)
             rows, ready = self.rows(piece.tile, warpgroup), scratch.query_ready.at[warpgroup]
@@ -171,9 +190,9 @@ class Program:
                 running = scratch.running_lse(number, warpgroup)
                 self.copy_unless_left(piece, lse, running, ready)
 
-    def prepare_output(self, number: jax.Array) -> None:
+    def prepare_output(self, piece: Piece, number: jax.Array) -> None:
         """Copies the running output; without one, or for a piece that is left, says that its place is free."""
-        piece, scratch = self.piece(number), self.scratch
+        scratch = self.scratch
         for warpgroup in range(self.block.config.compute_warpgroups):
             ready = scratch.output_ready.at[warpgroup]
             if self.old is None:

@@ -6,6 +6,7 @@ in `mosaic_gpu_inline`:
 - `scores_while_accumulating`, `accumulate_while`, `accumulate_two_beside`: `wgmma` into a carried accumulator, its left
   operand in registers.
 - `add_to_gmem`: a bulk copy that adds into global memory (`reduction_op="add"`).
+- `by_one_warp`: work of one warp of a warpgroup.
 - `semaphores`, `signal`, `wait_for_signals`: waiting for another program of the grid.
 
 One has no such branch: `mosaic_gpu_inline.take_number`, a counter that programs share.
@@ -80,6 +81,20 @@ def slot_of(copy: jax.Array, stages: int) -> jax.Array:
     if stages & (stages - 1) == 0:
         return copy & (stages - 1)
     return lax.rem(copy, jnp.int32(stages))
+
+
+def by_one_warp(work: Callable[[], None]) -> None:
+    """Has the first warp of a warpgroup do something alone; the other three go on.
+
+    A warpgroup that only copies would otherwise compute in four warps where each copy comes from and goes to, which
+    takes time and energy from those that multiply. There are only scalars, copies and barriers in `work`, no reading of
+    memory. A barrier that is waited for in there may not be waited for by the warpgroup elsewhere: each warp counts for
+    itself how often it has waited.
+    """
+    if is_interpreted():
+        work()
+        return
+    plgpu.warp_map(lambda warp: pl.when(warp == 0)(work))
 
 
 def hidden_zero() -> jax.Array:
