@@ -150,7 +150,10 @@ class Program:
             plgpu.barrier_wait(barriers.at[slot])
 
     def produce(self) -> None:
-        """The third warpgroup's part: copies keys and values once, and the query side of every step."""
+        """The third warpgroup's part: copies keys and values once, and the query side of every step.
+
+        It reads no memory: see `by_one_warp`.
+        """
         inputs, scratch = self.inputs, self.scratch
 
         def copy_keys(block: int, tile: jax.Array) -> None:

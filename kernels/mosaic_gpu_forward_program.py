@@ -67,9 +67,9 @@ class Program:
         pl.when(pieces > 0)(lambda: plgpu.barrier_wait(scratch.piece_free.at[scratch.piece_slot(pieces - 1)]))
 
         @by_one_warp
-        def _wait_for_last():
+        def _wait_for_the_end():
             @pl.when(pieces > 0)
-            def _piece():
+            def _of_queries_and_output():
                 for warpgroup in range(config.compute_warpgroups):
                     plgpu.barrier_wait(scratch.query_free.at[warpgroup])
                     if block.has_state:
@@ -102,7 +102,7 @@ class Program:
         self, position: Position, end: jax.Array, steps: jax.Array, number: jax.Array, copies_before: jax.Array
     ) -> tuple[Position, jax.Array]:
         """Copies all that a piece takes. Returns the position and the steps of the next one, looked up meanwhile."""
-        piece = self.piece(number)
+        piece = self.piece(number)  # Here, for one warp alone cannot read memory.
 
         @by_one_warp
         def _copy_all_but_last_values():
@@ -119,10 +119,10 @@ class Program:
         following = self.announce_next(position, end, number + 1)
         # Read anew: kept meanwhile it would cost registers.
         piece = self.piece(number)
-        last = self.key_tile(piece, steps - 1)
 
         @by_one_warp
         def _copy_last_values():
+            last = self.key_tile(piece, steps - 1)
             self.copy_values(last, steps - 1, steps, piece, number, copies_before)
             if not self.block.config.early_state:
                 # The output comes to lie where queries, keys and values do.

@@ -6,7 +6,7 @@ in `mosaic_gpu_inline`:
 - `scores_while_accumulating`, `accumulate_while`, `accumulate_two_beside`: `wgmma` into a carried accumulator, its left
   operand in registers.
 - `add_to_gmem`: a bulk copy that adds into global memory (`reduction_op="add"`).
-- `by_one_warp`: work of one warp of a warpgroup.
+- `by_one_warp`: what one warp of a warpgroup does alone.
 - `semaphores`, `signal`, `wait_for_signals`: waiting for another program of the grid.
 
 One has no such branch: `mosaic_gpu_inline.take_number`, a counter that programs share.
@@ -84,12 +84,12 @@ def slot_of(copy: jax.Array, stages: int) -> jax.Array:
 
 
 def by_one_warp(work: Callable[[], None]) -> None:
-    """Has the first warp of a warpgroup do something alone; the other three go on.
+    """Has the first warp of a warpgroup do something alone; the other three go on at once.
 
     A warpgroup that only copies would otherwise compute in four warps where each copy comes from and goes to, which
-    takes time and energy from those that multiply. There are only scalars, copies and barriers in `work`, no reading of
-    memory. A barrier that is waited for in there may not be waited for by the warpgroup elsewhere: each warp counts for
-    itself how often it has waited.
+    takes time and energy from those that multiply. `work` takes scalars, copies and barriers; memory cannot be read in
+    it. What follows may run before it, up to where the warpgroup's threads wait for each other. A barrier that is
+    waited for in `work` may not be waited for by the whole warpgroup: each warp counts for itself how often it has.
     """
     if is_interpreted():
         work()
