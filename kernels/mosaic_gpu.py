@@ -2,8 +2,8 @@
 
 Arrays are read and written where they lie, strided [B, T, N, H]; the running state and dQ are updated in place. Lengths
 that are no multiple of 8 and head dims that the kernels' tiles do not divide are padded here, at the boundary: the copy
-engine takes rows eight at a time. A ring whose shards are multiples of 8 tokens with head dim 64, 128 or 256 pays for
-no padding.
+engine takes rows eight at a time. A ring whose shards are multiples of 128 tokens with head dim 64, 128 or 256 pays for
+no padding. Of other multiples of 8 only dQ is padded: it is put in order and added after every block.
 
 The kernels run in the Mosaic interpreter on a CPU (`plgpu.force_gpu_interpret_mode`). What it cannot do is listed in
 `mosaic_gpu_primitives`.
@@ -22,6 +22,7 @@ from .mosaic_gpu_choices import default_backward_config, default_forward_config
 from .mosaic_gpu_choices import prefers_several_blocks as prefers_several_blocks
 from .mosaic_gpu_forward import attend
 from .mosaic_gpu_two_pass import differentiate_keys, differentiate_queries
+from .varying import match_varying
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 MAX_HEAD_DIM = 256
@@ -93,45 +94,47 @@ def backward(
     Up to head dim 128 one kernel computes all three. In it the copy engine adds the shares of `dq` in no fixed order:
     its last bits may differ between two runs. Raises NotImplementedError like `forward`.
     """
-    columns = 64 if query.shape[3] <= 64 else 128
-    config = default_backward_config(columns)
-    if isinstance(key, tuple):
-        assert isinstance(value, tuple)
-        assert isinstance(sums, tuple)
-        assert query.shape[3] == columns
-        _refuse(query, scale)
-        given = query, key, value, d_out, lse, delta, dq, sums, mask
-        return Gradients(*differentiate(*given, scale=scale, is_only=is_only, config=config))
-    assert not isinstance(value, tuple)
-    assert not isinstance(sums, tuple)
     if query.shape[3] > MAX_FUSED_HEAD_DIM:
         assert sums is None
+        assert not isinstance(key, tuple)
+        assert not isinstance(value, tuple)
         return deterministic_backward(
             query, key, value, d_out, lse, delta, dq, None, mask, scale=scale, is_only=is_only
         )
     _refuse(query, scale)
-    inputs, padded_dq = _pad_all(query, key, value, d_out, lse, delta, dq, columns=columns)
-    # The kernel's own order of columns would not survive that padding is cut off: there it begins anew.
-    has_own_order = _has_own_order(query.shape[3])
-    padded_dq = padded_dq if has_own_order else jnp.zeros_like(padded_dq)
-    padded = () if sums is None else (jax.vmap(functools.partial(_pad, columns=columns), 1, 1)(sums),)
-    given = inputs[0], inputs[1:2], inputs[2:3], *inputs[3:], padded_dq, padded, mask
-    new_dq, found = differentiate(*given, scale=scale, is_only=is_only, config=config)
-    result = Gradients(new_dq, (found[0], found[1]) if sums is None else found[0])
-    if has_own_order:
-        return _crop(result, query, key)
-    result = _crop(result._replace(dq=in_order(result.dq, scale)), query, key)
-    return result._replace(dq=dq + result.dq)
+    columns = 64 if query.shape[3] <= 64 else 128
+    config = default_backward_config(columns)
+    # The kernel's own order of numbers would not survive that padding is cut off: there it begins anew.
+    has_own_order = _has_own_order(dq.shape)
+    batch, num_queries, heads, head_dim = dq.shape
+    own_shape = batch, _round_up(num_queries, config.q_tile), heads, columns
+    own = dq if has_own_order else match_varying(jnp.zeros(own_shape, dq.dtype), like=dq)
+    if isinstance(key, tuple):
+        assert isinstance(value, tuple)
+        assert isinstance(sums, tuple)
+        assert head_dim == columns
+        given = query, key, value, d_out, lse, delta, own, sums, mask
+        own, new_sums = differentiate(*given, scale=scale, is_only=is_only, config=config)
+    else:
+        assert not isinstance(sums, tuple)
+        inputs = _pad_inputs(query, key, value, d_out, lse, delta, columns=columns)
+        padded = () if sums is None else (jax.vmap(functools.partial(_pad, columns=columns), 1, 1)(sums),)
+        given = inputs[0], inputs[1:2], inputs[2:3], *inputs[3:], own, padded, mask
+        own, found = differentiate(*given, scale=scale, is_only=is_only, config=config)
+        new_sums = found if sums is None else found[0]
+        new_sums = jax.tree.map(lambda x: x[..., : key.shape[1], :, :head_dim], new_sums)
+    return Gradients(own if has_own_order else dq + in_order(own, scale)[:, :num_queries, :, :head_dim], new_sums)
 
 
 def finished_d_query(dq: Float32[Array, "B T N H"], *, scale: float) -> Float32[Array, "B T N H"]:
     """What `backward` has added up, in order and scaled. See `contract.BlockKernel`."""
-    return in_order(dq, scale) if _has_own_order(dq.shape[3]) else dq
+    return in_order(dq, scale) if _has_own_order(dq.shape) else dq
 
 
-def _has_own_order(head_dim: int) -> bool:
-    """Whether `backward` leaves `dq` as its kernel does between blocks: the fused one, without padded columns."""
-    return head_dim in (64, MAX_FUSED_HEAD_DIM)
+def _has_own_order(shape: tuple[int, ...]) -> bool:
+    """Whether `backward` leaves `dq` as its kernel does between blocks: the fused one, with nothing padded."""
+    _, num_queries, _, head_dim = shape
+    return head_dim in (64, MAX_FUSED_HEAD_DIM) and num_queries % default_backward_config(head_dim).q_tile == 0
 
 
 def deterministic_backward(
@@ -151,11 +154,13 @@ def deterministic_backward(
     """Like `backward`, adding in a fixed order: two runs give identical bits. Two kernels, eight products, not five."""
     _refuse(query, scale)
     assert sums is None
-    inputs, dq = _pad_all(query, key, value, d_out, lse, delta, dq, columns=_round_up(query.shape[3], 32))
+    columns = _round_up(query.shape[3], 32)
+    inputs = _pad_inputs(query, key, value, d_out, lse, delta, columns=columns)
     dk, dv = differentiate_keys(*inputs, mask, scale=scale)
     if is_only:
         dk, dv = dk.astype(key.dtype), dv.astype(key.dtype)
-    return _crop(Gradients(differentiate_queries(*inputs, dq, mask, scale=scale), (dk, dv)), query, key)
+    dq = differentiate_queries(*inputs, _pad(dq, columns), mask, scale=scale)
+    return _crop(Gradients(dq, (dk, dv)), query, key)
 
 
 def _refuse(query: Float[Array, "B T N H"], scale: float) -> None:
@@ -170,13 +175,13 @@ def _as_tuple(blocks: Blocks) -> tuple[jax.Array, ...]:
     return blocks if isinstance(blocks, tuple) else (blocks,)
 
 
-def _pad_all(query, key, value, d_out, lse, delta, dq, *, columns: int) -> tuple[_Inputs, jax.Array]:
-    """The inputs of a backward kernel but for the mask, rows and columns padded, and the padded dQ."""
+def _pad_inputs(query, key, value, d_out, lse, delta, *, columns: int) -> _Inputs:
+    """What a backward kernel reads but for the mask, rows and columns padded."""
     rows = -query.shape[1] % _ROW_MULTIPLE
     if rows:
         lse, delta = (jnp.pad(x, ((0, 0), (0, 0), (0, rows))) for x in (lse, delta))
-    query, key, value, d_out, dq = (_pad(x, columns) for x in (query, key, value, d_out, dq))
-    return (query, key, value, d_out, lse, delta), dq
+    query, key, value, d_out = (_pad(x, columns) for x in (query, key, value, d_out))
+    return query, key, value, d_out, lse, delta
 
 
 def _crop(gradients: Gradients, query: jax.Array, key: jax.Array) -> Gradients:

@@ -30,9 +30,10 @@ from .mosaic_gpu_choices import (
     BackwardConfig,
     backward_grid,
     backward_splits,
+    backward_stretches,
     backward_tiles_apart,
 )
-from .mosaic_gpu_inline import known_after, store_swapped, swap_columns, take_number
+from .mosaic_gpu_inline import PIECE_AS_IT_LIES, from_as_it_lies, known_after, store_as_it_lies, take_number
 from .mosaic_gpu_masks import MaskInputs
 from .mosaic_gpu_primitives import (
     COLUMNS,
@@ -61,9 +62,8 @@ def _run(program: Program, outputs: Outputs) -> None:
     @pl.when((warpgroup == BACKWARD_WARPGROUPS) & program.exists)
     def _produce():
         plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
-        # By one warp, tiles of 128 queries without a mask are 1 % slower, and with segment ids registers are spilled.
-        has_segments = program.inputs.mask.q_segment_ids is not None
-        if program.block.config.q_tile == WARPGROUP_ROWS and not has_segments:
+        # By one warp, tiles of 128 queries without a mask are 1 % slower; with segment ids it has not been measured.
+        if program.block.config.q_tile == WARPGROUP_ROWS and not program.has_segments:
             by_one_warp(program.produce)
         else:
             program.produce()
@@ -86,16 +86,10 @@ class _Worker:
     warpgroup: jax.Array
 
     @property
-    def first_row(self) -> jax.Array | int:
-        """First row of this warpgroup's half of a step's dQ: a half of the rows if that fills a product."""
-        num_rows, _ = self.program.block.d_query_part
-        return 0 if num_rows == self.program.block.config.q_tile else self.warpgroup * num_rows
-
-    @property
-    def columns(self) -> pl.Slice:
-        """Columns of this warpgroup's half of a step's dQ."""
-        _, num_columns = self.program.block.d_query_part
-        return pl.ds(0 if num_columns == self.program.block.head_dim else self.warpgroup * num_columns, num_columns)
+    def part(self) -> tuple[pl.Slice, pl.Slice]:
+        """Rows and columns of this warpgroup's half of a step's dQ: half the columns if of 64 queries, else rows."""
+        own, every = pl.ds(self.warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS), pl.ds(0, WARPGROUP_ROWS)
+        return (every, own) if self.program.block.config.q_tile == WARPGROUP_ROWS else (own, every)
 
     def take_turn(self, own: jax.Array | None = None) -> None:
         """Waits for the turn. `own` is this warpgroup's number, by `known_after` if the wait is for more than that."""
@@ -114,7 +108,7 @@ class _Worker:
         carry = lax.fori_loop(0, program.partial_steps, lambda i, c: self.step(i, c, is_partial=True), carry)
         carry = carry._replace(place=program.begin(False))
         # With segment ids, numbers of steps that are known before the partial ones would take registers through these.
-        late = hidden_zero() if self.has_segments and program.block.config.q_tile == WARPGROUP_ROWS else 0
+        late = hidden_zero() if self.program.has_segments and program.block.config.q_tile == WARPGROUP_ROWS else 0
         full_steps = program.partial_steps + late, program.steps + late
         carry = lax.fori_loop(*full_steps, lambda i, c: self.step(i, c, is_partial=False), carry)
         pl.when(program.steps > 0)(self.give_turn)
@@ -213,7 +207,7 @@ class _Worker:
             (carry.dv, probs, d_out), (carry.dk, d_scores, query), *self.d_query_factors(last_slot), use=use
         )
         plgpu.barrier_arrive(scratch.tiles_free.at[slot])
-        return _Carry(dk, dv, program.after(carry.place, is_partial), carry.place.head, tile)
+        return _Carry(dk, dv, program.after(carry.place, is_partial), carry.place.stretch, tile)
 
     def probabilities(self, step: jax.Array, tile: jax.Array, query: Ref, d_out: Ref, *, is_partial: bool) -> tuple:
         """Transposed probabilities of a step and the gradients of its scores, both rounded to the inputs' dtype."""
@@ -256,7 +250,7 @@ class _Worker:
 
         After 128 queries' the registers are full of both the probabilities and what their gradients are computed from.
         """
-        return self.program.block.config.q_tile != WARPGROUP_ROWS and not self.has_segments
+        return self.program.block.config.q_tile != WARPGROUP_ROWS and not self.program.has_segments
 
     def rounds_early(self, is_partial: bool) -> bool:
         """Whether a step's probabilities are rounded before the turn has come, for the registers.
@@ -266,12 +260,8 @@ class _Worker:
         """
         block = self.program.block
         if block.config.q_tile == WARPGROUP_ROWS:
-            return is_partial and self.has_segments
-        return is_partial or block.is_causal or self.has_segments
-
-    @property
-    def has_segments(self) -> bool:
-        return self.program.inputs.mask.q_segment_ids is not None
+            return is_partial and self.program.has_segments
+        return is_partial or block.is_causal or self.program.has_segments
 
     def wait_for_d_scores_free(self, step: jax.Array) -> None:
         """Waits until the score gradients that a step's take the place of have been multiplied."""
@@ -281,10 +271,10 @@ class _Worker:
     def d_query_factors(self, slot: jax.Array) -> tuple[list[Ref], list[Ref]]:
         """The score gradients in a slot and the keys, whose products add up to this warpgroup's half of dQ."""
         scratch, both = self.program.scratch, range(BACKWARD_WARPGROUPS)
-        rows = pl.ds(self.first_row, self.program.block.d_query_part[0])
+        rows, columns = self.part
         zero = hidden_zero()
         return [scratch.d_scores.at[slot, w, :, rows] for w in both], [
-            scratch.key.at[w + zero, :, self.columns] for w in both
+            scratch.key.at[w + zero, :, columns] for w in both
         ]
 
     def add_d_query(self, carry: "_Carry", product: jax.Array) -> None:
@@ -292,12 +282,10 @@ class _Worker:
         program = self.program
         buffer = program.scratch.d_query.at[self.warpgroup]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        # Tiles of 128 queries leave no registers for the addresses.
-        store_swapped(product, buffer, keeps_addresses=program.block.config.q_tile == WARPGROUP_ROWS)
+        store_as_it_lies(product, buffer, keeps_address=program.block.keeps_address)
         plgpu.commit_smem()
-        where = (program.query_head(carry.last_head), self.columns)
-        first_row = carry.last_tile * program.block.config.q_tile + self.first_row
-        add_to_gmem(buffer, program.dq, (program.batch,), first_row, where)
+        piece = carry.last_tile * BACKWARD_WARPGROUPS + self.warpgroup
+        add_to_gmem(buffer, program.dq, (program.batch, program.query_head(carry.last_stretch), piece), 0, ())
 
 
 class _Carry(NamedTuple):
@@ -306,7 +294,7 @@ class _Carry(NamedTuple):
     dk: Float32[Array, "64 H"]
     dv: Float32[Array, "64 H"]
     place: QueryPlace
-    last_head: jax.Array
+    last_stretch: jax.Array
     last_tile: jax.Array
 
 
@@ -317,25 +305,30 @@ def differentiate(
     d_out: Float[Array, "B T N H"],
     lse: Float32[Array, "B N T"],
     delta: Float32[Array, "B N T"],
-    dq: Float32[Array, "B T N H"],
+    dq: Float32[Array, "B Tq N H"],
     sums: tuple[Float32[Array, "B 2 S K H"], ...],
     mask: BlockMask,
     *,
     scale: float,
     is_only: bool,
     config: BackwardConfig,
-) -> tuple[Float32[Array, "B T N H"], tuple[Array, ...]]:
+) -> tuple[Float32[Array, "B Tq N H"], tuple[Array, ...]]:
     """dQ and the sums of each block after one block, or several at once, added in place, to `dq` in no fixed order.
 
-    T and S are multiples of 8, of several blocks S of two key tiles. Without `sums` a block's dK and dV come alone.
-    Shares are added to `dq` as they lie in registers: `in_order` makes the gradient of it.
+    T and S are multiples of 8, of several blocks S of two key tiles; Tq is T in whole query tiles. Without `sums` a
+    block's dK and dV come alone. Shares are added to `dq` as they lie in registers, in the order [B, N, 64 queries, 64
+    columns, `as_it_lies`]: `in_order` makes the gradient of it.
     """
     batch, num_queries, num_heads, head_dim = query.shape
     num_keys, num_kv_heads = sum(key.shape[1] for key in keys), keys[0].shape[2]
     assert len(keys) == 1 or (len(sums) == len(keys) and num_keys % (2 * len(keys) * config.k_tile) == 0)
+    assert config.q_tile * head_dim == BACKWARD_WARPGROUPS * WARPGROUP_ROWS**2, (
+        "each computes 64 rows and columns of dQ"
+    )
     group = num_heads // num_kv_heads
     key_tiles = -(-num_keys // config.k_tile)
     num_steps = group * -(-num_queries // config.q_tile)
+    stretches = backward_stretches(mask, num_steps, num_queries, config)
     grid = backward_grid(mask, num_kv_heads, key_tiles, batch, config)
     heads_together = grid["kv_heads"] if "kv_groups" in grid else 0
     # Of grouped heads taken together, programs that begin apart are slower.
@@ -354,7 +347,9 @@ def differentiate(
         skips_hidden=bool(sums) and config.q_tile == WARPGROUP_ROWS,
         is_causal=mask.is_causal,
         heads_together=heads_together,
-        tiles_apart=backward_tiles_apart(mask, num_steps) if is_apart else 0,
+        tiles_apart=backward_tiles_apart(mask, num_steps, stretches) if is_apart else 0,
+        stretches=stretches,
+        keeps_address=not sums or mask.q_segment_ids is not None,
         scale=scale,
         splits=splits,
     )
@@ -385,7 +380,7 @@ def differentiate(
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
 
-    in_place = (dq, *sums)
+    in_place = (dq.reshape(batch, num_heads, -1, *PIECE_AS_IT_LIES), *sums)
 
     def run(refs):
         # Parts are kept only because the discharge of `dq` wants all of a kernel's results used.
@@ -394,10 +389,12 @@ def differentiate(
             ref[...] = x
 
     dq, *results = pl.run_state(run)((*in_place, *(jnp.empty(x.shape, x.dtype) for x in out_type)))
-    return dq, tuple(results[: len(sums) or 2])
+    return dq.reshape(batch, -1, num_heads, head_dim), tuple(results[: len(sums) or 2])
 
 
-def in_order(dq: Float32[Array, "B T N H"], scale: float) -> Float32[Array, "B T N H"]:
+def in_order(dq: Float32[Array, "B Tq N H"], scale: float) -> Float32[Array, "B Tq N H"]:
     """The gradient of the queries, from what the kernels of all blocks have added up: put in order, and scaled."""
-    is_odd = jnp.arange(dq.shape[1]) % 2 == 1
-    return swap_columns(dq, is_odd[:, None, None]) * scale
+    batch, _, num_heads, head_dim = dq.shape
+    columns = head_dim // WARPGROUP_ROWS
+    pieces = from_as_it_lies(dq.reshape(batch, num_heads, -1, columns, *PIECE_AS_IT_LIES))
+    return pieces.transpose(0, 2, 4, 1, 3, 5).reshape(dq.shape) * scale

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from .mosaic_gpu_choices import BACKWARD_WARPGROUPS, BackwardConfig
+from .mosaic_gpu_inline import PIECE_AS_IT_LIES
 from .mosaic_gpu_masks import MaskInputs
 from .mosaic_gpu_primitives import WARPGROUP_ROWS, Ref, matrix_scratch
 from .mosaic_gpu_split import Numbers, Splits
@@ -98,15 +99,13 @@ class Block:
     heads_together: int
     # By how many query tiles programs beside each other begin apart; documents part them by themselves.
     tiles_apart: int
+    # In how many equal stretches, one after the other, programs go through a head's query tiles.
+    stretches: int
+    # Whether the address that dQ is stored at stays in a register through the loops. Where gradients are added to sums
+    # others would then be spilled, but with segment ids fewer are.
+    keeps_address: bool
     scale: float
     splits: Splits | None
-
-    @property
-    def d_query_part(self) -> tuple[int, int]:
-        """Rows and columns of dQ that one warpgroup computes in a step."""
-        if self.config.q_tile == WARPGROUP_ROWS:
-            return self.config.q_tile, self.head_dim // BACKWARD_WARPGROUPS
-        return self.config.q_tile // BACKWARD_WARPGROUPS, self.head_dim
 
     def scratch_types(self) -> dict:
         """What `Scratch` is made of, by its fields' names."""
@@ -121,7 +120,7 @@ class Block:
             tiles=plgpu.RefUnion((query, query), gradient),
             statistics=plgpu.SMEM((stages, 2, config.q_tile), jnp.float32),
             d_scores=matrix_scratch((stages, warpgroups, WARPGROUP_ROWS, config.q_tile), self.dtype),
-            d_query=matrix_scratch((warpgroups, *self.d_query_part), jnp.float32),
+            d_query=plgpu.SMEM((warpgroups, *PIECE_AS_IT_LIES), jnp.float32),
             numbers=plgpu.SMEM((warpgroups, 3), jnp.int32),
             key_ready=plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups),
             query_ready=plgpu.Barrier(num_arrivals=2, num_barriers=stages),

@@ -19,12 +19,13 @@ from .several_blocks import block_of_tile, for_block
 
 
 class QueryPlace(NamedTuple):
-    """Where a program is: query head, and query tile; among the partial tiles, which of them.
+    """Where a program is: in which stretch of query tiles, counted through the heads, and at which of its tiles.
 
-    It is counted: divisions of the step by the number of tiles would take longer.
+    Tiles are numbered as if the stretch were a head's first one, partial ones by themselves. Places are counted:
+    divisions of the step by the number of tiles would take longer.
     """
 
-    head: jax.Array
+    stretch: jax.Array
     tile: jax.Array
 
 
@@ -64,6 +65,10 @@ class Program:
         return cls(block, inputs, dq, scratch, batch, kv_head, key_tile, walk, first, end - first, exists)
 
     @property
+    def has_segments(self) -> bool:
+        return self.inputs.mask.q_segment_ids is not None
+
+    @property
     def is_shared(self) -> bool:
         """Whether several programs may share a key tile."""
         return self.block.splits is not None
@@ -84,38 +89,48 @@ class Program:
         walk = self.walk
         if not self.block.tiles_apart:
             return walk.full_start
-        num_full = jnp.maximum(walk.full_end - walk.full_start, 1)
+        num_full = jnp.maximum(self._by_stretches(walk.full_end - walk.full_start), 1)
         return walk.full_start + lax.rem(self.key_tile * self.block.tiles_apart, num_full)
 
     def begin(self, is_partial: bool) -> QueryPlace:
         """This program's first place among the partial or the full tiles."""
         start, end, first = self._tiles(is_partial)
-        first_head = self.kv_head * self.block.group
+        first_stretch = self.kv_head * self.block.group * self.block.stretches
         if not self.is_shared:
             return QueryPlace(jnp.int32(0), first)
         step = self.first_step - (0 if is_partial else self.walk.partial * self.block.group)
         tiles, step = jnp.maximum(end - start, 1), jnp.maximum(step, 0)
-        return QueryPlace(first_head + step // tiles, start + lax.rem(first - start + step, tiles))
+        return QueryPlace(first_stretch + step // tiles, start + lax.rem(first - start + step, tiles))
 
-    def query_head(self, head: jax.Array) -> jax.Array:
-        """The query head of a place with that head."""
+    def query_head(self, stretch: jax.Array) -> jax.Array:
+        """The query head that a stretch is of."""
+        head = self._by_stretches(stretch)
         return head if self.is_shared else self.kv_head * self.block.group + head
 
     def tile(self, place: QueryPlace, is_partial: bool) -> jax.Array:
         """The query tile of a place."""
-        return self.walk.tile(place.tile) if is_partial else place.tile
+        tile, stretches = place.tile, self.block.stretches
+        if stretches > 1:
+            start, end, _ = self._tiles(is_partial)
+            tile += lax.rem(place.stretch, jnp.int32(stretches)) * (end - start)
+        return self.walk.tile(tile) if is_partial else tile
 
     def after(self, place: QueryPlace, is_partial: bool) -> QueryPlace:
-        """The next place: a head's other tiles, then the next head."""
+        """The next place: a stretch's other tiles, then the next stretch or head."""
         start, end, first = self._tiles(is_partial)
         tile = jnp.where(place.tile + 1 == end, start, place.tile + 1)
-        return QueryPlace(jnp.where(tile == first, place.head + 1, place.head), tile)
+        return QueryPlace(jnp.where(tile == first, place.stretch + 1, place.stretch), tile)
 
     def _tiles(self, is_partial: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The first of a head's partial or full tiles, the end of them, and the one to begin with."""
+        """The first partial or full tile of a head's first stretch, the end of them, and the one to begin with."""
         if is_partial:
-            return jnp.int32(0), self.walk.partial, jnp.int32(0)
-        return self.walk.full_start, self.walk.full_end, self.first_full
+            return jnp.int32(0), self._by_stretches(self.walk.partial), jnp.int32(0)
+        start, end = self.walk.full_start, self.walk.full_end
+        return start, end if self.block.stretches == 1 else start + self._by_stretches(end - start), self.first_full
+
+    def _by_stretches(self, number: jax.Array) -> jax.Array:
+        """A number divided by that of a head's stretches."""
+        return number if self.block.stretches == 1 else lax.div(number, jnp.int32(self.block.stretches))
 
     def note_place(self, warpgroup: jax.Array) -> None:
         """Notes the key head and the key tile for `noted_place`.
@@ -169,7 +184,7 @@ class Program:
             tile = jnp.where(is_partial, self.tile(place, True), self.tile(place, False))
             pl.when(step >= self.block.config.stages)(lambda: plgpu.barrier_wait(scratch.tiles_free.at[slot]))
             rows = pl.ds(tile * self.block.config.q_tile, self.block.config.q_tile)
-            head = self.query_head(place.head)
+            head = self.query_head(place.stretch)
             ready = scratch.query_ready.at[slot]
             plgpu.copy_gmem_to_smem(inputs.query.at[self.batch, rows, head], scratch.query.at[slot], ready)
             plgpu.copy_gmem_to_smem(inputs.lse.at[self.batch, head, rows], scratch.statistics.at[slot, 0], ready)

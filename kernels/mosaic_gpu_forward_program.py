@@ -24,6 +24,15 @@ class KeyTile(NamedTuple):
     tile: jax.Array
 
 
+class PieceCopies(NamedTuple):
+    """What is copied for a piece: its number and steps, and of how many steps the pieces before it were."""
+
+    piece: Piece
+    number: jax.Array
+    steps: jax.Array
+    before: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """One program of the grid: what it reads and writes, and what its warpgroups share.
@@ -102,32 +111,32 @@ class Program:
         self, position: Position, end: jax.Array, steps: jax.Array, number: jax.Array, copies_before: jax.Array
     ) -> tuple[Position, jax.Array]:
         """Copies all that a piece takes. Returns the position and the steps of the next one, looked up meanwhile."""
-        piece = self.piece(number)  # Here, for one warp alone cannot read memory.
+        # The piece is read here, for one warp alone cannot read memory.
+        copies = PieceCopies(self.piece(number), number, steps, copies_before)
 
         @by_one_warp
         def _copy_all_but_last_values():
             @pl.loop(0, steps)
             def _step(step):
-                tile = self.key_tile(piece, step)
-                self.copy_keys(tile, step, piece, number, copies_before)
+                tile = self.key_tile(copies.piece, step)
+                self.copy_keys(tile, step, copies)
 
                 @pl.when(step < steps - 1)
                 def _values():
-                    self.copy_values(tile, step, steps, piece, number, copies_before)
+                    self.copy_values(tile, step, copies)
 
         # Here there is time for it: the place of the last values is not free yet.
         following = self.announce_next(position, end, number + 1)
         # Read anew: kept meanwhile it would cost registers.
-        piece = self.piece(number)
+        copies = copies._replace(piece=self.piece(number))
 
         @by_one_warp
         def _copy_last_values():
-            last = self.key_tile(piece, steps - 1)
-            self.copy_values(last, steps - 1, steps, piece, number, copies_before)
+            self.copy_values(self.key_tile(copies.piece, steps - 1), steps - 1, copies)
             if not self.block.config.early_state:
                 # The output comes to lie where queries, keys and values do.
                 self.wait_for_last_readers(steps)
-                self.prepare_output(piece, number)
+                self.prepare_output(copies.piece, number)
 
         return following
 
@@ -150,32 +159,23 @@ class Program:
 
         for_block(tile.block, len(blocks), copy)
 
-    def copy_keys(
-        self, tile: KeyTile, step: jax.Array, piece: Piece, number: jax.Array, copies_before: jax.Array
-    ) -> None:
+    def copy_keys(self, tile: KeyTile, step: jax.Array, copies: PieceCopies) -> None:
         """Copies the keys of a step, and after the first ones the queries, whose place is free later."""
-        scratch, copy = self.scratch, copies_before + step
+        scratch, copy = self.scratch, copies.before + step
         slot = self.slot(copy)
         pl.when(copy >= self.block.config.stages)(lambda: plgpu.barrier_wait(scratch.key_free.at[slot]))
         self.copy_tile(self.inputs.keys, tile, scratch.key.at[slot], scratch.key_ready.at[slot])
-        pl.when(step == 0)(lambda: self.copy_queries(piece, number))
+        pl.when(step == 0)(lambda: self.copy_queries(copies.piece, copies.number))
 
-    def copy_values(
-        self,
-        tile: KeyTile,
-        step: jax.Array,
-        steps: jax.Array,
-        piece: Piece,
-        number: jax.Array,
-        copies_before: jax.Array,
-    ) -> None:
+    def copy_values(self, tile: KeyTile, step: jax.Array, copies: PieceCopies) -> None:
         """Copies the values of a step, and once some have been copied the running output, which is needed last."""
-        config, scratch, copy = self.block.config, self.scratch, copies_before + step
+        config, scratch, copy = self.block.config, self.scratch, copies.before + step
         slot = self.slot(copy)
         pl.when(copy >= config.stages)(lambda: plgpu.barrier_wait(scratch.value_free.at[slot]))
         self.copy_tile(self.inputs.values, tile, scratch.value.at[slot], scratch.value_ready.at[slot])
         if config.early_state and self.block.has_state:
-            pl.when(step == jnp.minimum(2 * config.stages, steps) - 1)(lambda: self.prepare_output(piece, number))
+            after = jnp.minimum(2 * config.stages, copies.steps) - 1
+            pl.when(step == after)(lambda: self.prepare_output(copies.piece, copies.number))
 
     def copy_queries(self, piece: Piece, number: jax.Array) -> None:
         """Copies a piece's queries, and with them the running logsumexps of their rows."""

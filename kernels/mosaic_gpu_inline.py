@@ -17,11 +17,17 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, Float, Float32
 
 from .mosaic_gpu_primitives import ROWS, Ref, across_columns, is_interpreted
 
+PIECE_AS_IT_LIES = (32, 128)
+"""Shape of a matrix of 64 rows and columns `as_it_lies` in a warpgroup's registers."""
+
 _WGMMA = plgpu.Layout.WGMMA
+# Of such a matrix warp, half and row make up its rows, and eight columns, thread and number its columns; a warpgroup's
+# threads hold them by eight columns, warp, row, thread, half and number.
+_MATRIX_DIMS, _THREAD_DIMS = (-6, -5, -4, -3, -2, -1), (-5, -2, -4, -6, -3, -1)
 
 
 def _inline(arg_types: tuple[Any, ...], return_type: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -160,52 +166,54 @@ def known_after(number: jax.Array, values: Float[Array, "rows columns"]) -> jax.
     return compute(number, values)
 
 
-def store_swapped(values: Float32[Array, "64 64"], buffer: Ref, *, keeps_addresses: bool) -> None:
-    """Stores a matrix from registers into shared memory as `swap_columns` of its odd rows.
+def store_as_it_lies(values: Float32[Array, "64 64"], buffer: Ref, *, keeps_address: bool) -> None:
+    """Stores a matrix from registers into shared memory of `PIECE_AS_IT_LIES`, as it lies there: see `as_it_lies`.
 
-    In a loop it keeps the addresses in registers, or computes them each time.
+    In a loop it keeps its address in a register, or computes it each time.
 
-    Every other row must be moved, or threads meet at shared memory's banks; to move it in registers takes a select for
-    each number. Global memory can be read in any order, once, when all has been added up there.
+    So it takes the fewest stores and one address, no number is moved for them, and no two threads meet at shared
+    memory's banks. Where all is only added up, it can be put in order once, at the end.
     """
+    assert values.shape == (64, 64)
+    assert buffer.shape == PIECE_AS_IT_LIES
     if is_interpreted():
-        is_odd = jnp.arange(values.shape[0]) % 2 == 1
-        buffer[...] = swap_columns(values, is_odd[:, None])
+        buffer[...] = as_it_lies(values)
         return
-    assert values.shape == buffer.shape == (64, 64)
-    transforms = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
 
-    @_inline(arg_types=(_WGMMA, plgpu.RefType(transforms)), return_type=None)
+    @_inline(arg_types=(_WGMMA, plgpu.RefType()), return_type=None)
     def store(_ctx: Any, values: Any, buffer: Any) -> None:
         i32 = ir.IntegerType.get_signless(32)
-
-        def c(x: int) -> Any:
-            return arith.constant(i32, x)
-
-        # A thread holds numbers of the rows `row` and `row + 8` of its warp's 16, two columns of every eight.
-        if keeps_addresses:
+        start = llvm.ptrtoint(i32, mgpu_utils.memref_ptr(buffer))
+        if keeps_address:
             thread = mgpu_utils.thread_idx()
         else:
             # What comes of it cannot be taken out of a loop.
             thread = llvm.inline_asm(i32, [], "mov.u32 $0, %tid.x;", "=r", has_side_effects=True)
-        thread = arith.remui(thread, c(128))
-        warp, lane = arith.divui(thread, c(32)), arith.remui(thread, c(32))
-        row, quad = arith.divui(lane, c(4)), arith.remui(lane, c(4))
-        # Tiles of 8 rows of 128 bytes, in which 16 bytes are a chunk; its place is swizzled by the row.
-        chunk = arith.addi(arith.muli(arith.remui(row, c(2)), c(4)), arith.divui(quad, c(2)))
-        place = arith.addi(arith.muli(warp, c(4096)), arith.muli(row, c(128)))
-        place = arith.addi(place, arith.muli(arith.xori(chunk, row), c(16)))
-        place = arith.addi(place, arith.muli(arith.remui(quad, c(2)), c(8)))
-        start = llvm.ptrtoint(i32, mgpu_utils.memref_ptr(buffer))
-        places = [arith.addi(start, arith.xori(place, c(32 * pair))) for pair in range(4)]
-        for i, register in enumerate(values.registers.flat):
-            columns, half = divmod(i, 2)
-            offset = half * 2048 + columns // 4 * 1024
-            asm = f"st.shared.v2.f32 [$0 + {offset}], {{$1, $2}};"
-            operands = [places[columns % 4], *_parts(register)]
-            llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, asm, "r,f,f", has_side_effects=True)
+        thread = arith.remui(thread, arith.constant(i32, 128))
+        place = arith.addi(start, arith.muli(thread, arith.constant(i32, 16)))
+        for i, registers in enumerate(values.registers.reshape(8, 2)):
+            asm = f"st.shared.v4.f32 [$0 + {i * 128 * 16}], {{$1, $2, $3, $4}};"
+            operands = [place, *(x for register in registers for x in _parts(register))]
+            llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, asm, "r,f,f,f,f", has_side_effects=True)
 
     store(values, buffer)
+
+
+def as_it_lies(matrix: Float32[Array, "*others 64 64"]) -> Float32[Array, "*others 32 128"]:
+    """The numbers of a matrix as a warpgroup's threads hold them: four of each thread, four more of each, and so on.
+
+    A thread holds of every eight columns two, in two rows that are eight apart.
+    """
+    *others, _, _ = matrix.shape
+    by_threads = jnp.moveaxis(matrix.reshape(*others, 4, 2, 8, 8, 4, 2), _MATRIX_DIMS, _THREAD_DIMS)
+    return by_threads.reshape(*others, *PIECE_AS_IT_LIES)
+
+
+def from_as_it_lies(numbers: Float32[Array, "*others 32 128"]) -> Float32[Array, "*others 64 64"]:
+    """The matrix of which `as_it_lies` gives the numbers."""
+    *others, _, _ = numbers.shape
+    by_rows = jnp.moveaxis(numbers.reshape(*others, 8, 4, 8, 4, 2, 2), _THREAD_DIMS, _MATRIX_DIMS)
+    return by_rows.reshape(*others, 64, 64)
 
 
 def take_number(counter: Ref, place: Ref, *, is_after_writes: bool = False) -> jax.Array:
@@ -229,12 +237,6 @@ def take_number(counter: Ref, place: Ref, *, is_after_writes: bool = False) -> j
 
     take(counter, place)
     return place[...]
-
-
-def swap_columns(matrix: Float32[Array, "... columns"], where: Bool[Array, "..."]) -> Float32[Array, "... columns"]:
-    """Each 16 columns exchanged with the 16 beside them where it is said. Columns are multiples of 32."""
-    pairs = matrix.reshape(*matrix.shape[:-1], -1, 2, 16)
-    return jnp.where(where, pairs[..., ::-1, :].reshape(matrix.shape), matrix)
 
 
 def _constant(value: float) -> Any:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import heapq
+import itertools
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +16,11 @@ import pytest
 
 from ring_jax.kernels import (
     mosaic_gpu,
+    mosaic_gpu_backward,
     mosaic_gpu_choices,
     mosaic_gpu_deterministic,
     mosaic_gpu_forward,
+    mosaic_gpu_inline,
     mosaic_gpu_queue,
     mosaic_gpu_split,
     xla,
@@ -35,9 +38,9 @@ from tests.budget import error
 # a program of the forward takes several query tiles in turn. The interpreter takes seconds for each.
 CASES = [
     Case(queries=256, keys=256, heads=1, kv_heads=1, head_dim=64),
-    Case(queries=136, keys=72, num_blocks=3, heads=2, kv_heads=1, head_dim=128),
+    Case(queries=192, keys=72, num_blocks=3, heads=2, kv_heads=1, head_dim=128),
     Case(queries=136, keys=136, num_blocks=1, heads=3, kv_heads=1, head_dim=128),
-    Case(queries=200, keys=72, num_blocks=3, heads=2, kv_heads=2, head_dim=64, is_causal=False),
+    Case(queries=256, keys=72, num_blocks=3, heads=2, kv_heads=2, head_dim=64, is_causal=False),
     Case(queries=72, keys=256, num_blocks=3, heads=2, kv_heads=1, head_dim=128, is_causal=False),
     Case(queries=72, keys=136, heads=1, kv_heads=1, head_dim=64, has_segments=True, batch=2),
     Case(dtype="float16", queries=99, keys=77, heads=1, kv_heads=1, head_dim=96, is_causal=False),
@@ -74,7 +77,7 @@ def test_two_pass_backward_agrees_with_the_oracle_without_races(case, capfd):
     "case",
     [
         Case(queries=200, keys=384, num_blocks=1, heads=2, kv_heads=1, head_dim=128, is_causal=False),
-        Case(queries=200, keys=256, heads=2, kv_heads=2, head_dim=64, is_causal=False, batch=2),
+        Case(queries=256, keys=256, heads=2, kv_heads=2, head_dim=64, is_causal=False, batch=2),
         Case(queries=200, keys=384, heads=1, kv_heads=1, head_dim=128, is_even=True),
         Case(queries=200, keys=384, heads=1, kv_heads=1, head_dim=128, is_even=True, by_index=True),
     ],
@@ -269,6 +272,82 @@ def test_programs_that_begin_apart_agree_with_the_oracle(is_causal, monkeypatch,
     found = _interpreted(case, mosaic_gpu)
     assert failures(case, found) == []
     assert _races(capfd.readouterr().out) == []
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "heads", "stretch_len", "stretches", "multiprocessors"),
+    [(512, 328, 2, 128, 4, 1), (768, 384, 1, 256, 3, 2)],
+    ids=["a cut off key tile", "a shared key tile"],
+)
+def test_programs_that_take_stretches_of_the_queries_agree_with_the_oracle(
+    queries, keys, heads, stretch_len, stretches, multiprocessors, monkeypatch, capfd
+):
+    """Of three tiles of keys the last is seen through the mask, or shared by programs that begin amid a stretch."""
+    monkeypatch.setattr(mosaic_gpu_split, "MULTIPROCESSORS", multiprocessors)
+    monkeypatch.setattr(mosaic_gpu_choices, "_STRETCH_LEN", stretch_len)
+    monkeypatch.setattr(mosaic_gpu_choices, "_STEPS_FOR_STRETCHES", 1)
+    shared, taken = _watched_splits(monkeypatch), _watched_stretches(monkeypatch)
+    case = Case(queries=queries, keys=keys, num_blocks=1, heads=heads, kv_heads=1, head_dim=128, is_causal=False)
+    found = _interpreted(case, mosaic_gpu)
+    assert set(taken) == {stretches}
+    assert set(shared) == ({1} if multiprocessors == 2 else set())
+    assert failures(case, found) == []
+    assert _races(capfd.readouterr().out) == []
+
+
+def _watched_stretches(monkeypatch) -> list[int]:
+    """In how many stretches programs will have gone through a head's queries, kernel by kernel."""
+    stretches: list[int] = []
+    decide = mosaic_gpu_backward.backward_stretches
+
+    def watched(*args):
+        stretches.append(decide(*args))
+        return stretches[-1]
+
+    monkeypatch.setattr(mosaic_gpu_backward, "backward_stretches", watched)
+    return stretches
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "num_queries", "is_causal", "has_segments", "head_dim", "stretches"),
+    [
+        (4096, 65536, False, False, 128, 32),
+        (4096, 65536, False, False, 64, 1),
+        (4096, 65544, False, False, 128, 1),
+        (4095, 65536, False, False, 128, 1),
+        (4096, 65536, True, False, 128, 1),
+        (4096, 65536, False, True, 128, 1),
+    ],
+)
+def test_only_many_steps_without_a_mask_are_taken_by_stretches(
+    num_steps, num_queries, is_causal, has_segments, head_dim, stretches
+):
+    positions = jnp.arange(8, dtype=jnp.int32)
+    ids = positions[None] if has_segments else None
+    mask = BlockMask(positions, positions, ids, ids, is_causal=is_causal)
+    config = mosaic_gpu_choices.default_backward_config(head_dim)
+    assert mosaic_gpu_choices.backward_stretches(mask, num_steps, num_queries, config) == stretches
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_pieces_of_dq_are_put_where_the_kernel_computed_them(head_dim):
+    """Of two sequences and three heads, each piece of 64 queries and 64 columns by itself."""
+    want = np.random.default_rng(0).normal(size=(2, 256, 3, head_dim)).astype(np.float32)
+    pieces = np.zeros((2, 3, 4, head_dim // 64, *mosaic_gpu_inline.PIECE_AS_IT_LIES), np.float32)
+    for batch, head, rows, columns in itertools.product(*map(range, pieces.shape[:4])):
+        piece = want[batch, 64 * rows :, head, 64 * columns :][:64, :64]
+        pieces[batch, head, rows, columns] = mosaic_gpu_inline.as_it_lies(jnp.asarray(piece))
+    found = mosaic_gpu_backward.in_order(jnp.asarray(pieces.reshape(want.shape)), scale=2.0)
+    np.testing.assert_array_equal(found, 2 * want)
+
+
+def test_a_thread_holds_four_numbers_of_eight_columns():
+    """Thread 37, of warp 1, has rows 17 and 25 and, of every eight columns, the third and fourth."""
+    row, column = np.indices((64, 64))
+    numbers = mosaic_gpu_inline.as_it_lies(jnp.asarray(64.0 * row + column)).reshape(8, 128, 4)
+    for group in range(8):
+        want = [64 * r + 8 * group + c for r in (17, 25) for c in (2, 3)]
+        np.testing.assert_array_equal(numbers[group, 37], want)
 
 
 def test_backward_with_some_heads_together_agrees_with_the_oracle(monkeypatch, capfd):

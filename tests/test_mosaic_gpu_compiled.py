@@ -77,12 +77,16 @@ def test_forward_with_ranges_of_steps_compiles_without_spills(head_dim, num_bloc
     ("head_dim", "kind"),
     [
         *((head_dim, kind) for head_dim in (64, 128) for kind in ("only block", "of several blocks")),
-        *((128, kind) for kind in ("causal", "two of several blocks")),
+        *((128, kind) for kind in ("causal", "two of several blocks", "only block, long")),
     ],
 )
 def test_backward_with_shared_key_tiles_compiles_without_spills(head_dim, kind):
-    """8 key heads of 128 tiles, or half of them, are no multiple of 132. Beside their parts no array is made."""
-    tokens, heads, kv_heads, is_even = 16384, 32, 8, kind != "only block"
+    """8 key heads of 128 tiles, or half of them, are no multiple of 132. Beside their parts no array is made.
+
+    Through the queries of a long block programs go by stretches.
+    """
+    tokens = 65536 if kind.endswith("long") else 16384
+    heads, kv_heads, is_even = 32, 8, not kind.startswith("only block")
     sharding = jax.sharding.SingleDeviceSharding(compile_only_devices("h100")[0])
 
     def array(shape, dtype=jnp.bfloat16) -> Any:
@@ -98,6 +102,7 @@ def test_backward_with_shared_key_tiles_compiles_without_spills(head_dim, kind):
         return mosaic_gpu.backward(*args, scale=head_dim**-0.5, is_only=not is_even)
 
     query, key = array((1, tokens, heads, head_dim)), array((1, tokens, kv_heads, head_dim))
+    assert (_stretches(query, key) > 1) == kind.endswith("long")
     of_rows, k_shape = array((1, heads, tokens), jnp.float32), (8, at_once * tokens) if is_named else (tokens,)
     sums = array((1, 2, *key.shape[1:]), jnp.float32)
     sums = sums if at_once == 1 else (sums, sums)
@@ -119,6 +124,16 @@ def test_backward_with_shared_key_tiles_compiles_without_spills(head_dim, kind):
     assert memory.temp_size_in_bytes < 1.05 * places[0] * 4 * 4 * 64 * head_dim
     of_sums = sum(math.prod(x.shape) for x in jax.tree.leaves(sums))
     assert memory.alias_size_in_bytes == 4 * (math.prod(query.shape) + is_even * of_sums)
+
+
+def _stretches(query, key) -> int:
+    """In how many stretches programs go through a head's queries without a mask."""
+    positions = jnp.arange(8, dtype=jnp.int32)
+    mask = BlockMask(positions, positions, None, None, is_causal=False)
+    _, num_queries, heads, head_dim = query.shape
+    config = mosaic_gpu_choices.default_backward_config(head_dim)
+    num_steps = heads // key.shape[2] * num_queries // config.q_tile
+    return mosaic_gpu_choices.backward_stretches(mask, num_steps, num_queries, config)
 
 
 # What the masks of the kernels that are compiled below hold.
