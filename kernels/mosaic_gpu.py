@@ -121,9 +121,8 @@ def backward(
         padded = () if sums is None else (jax.vmap(functools.partial(_pad, columns=columns), 1, 1)(sums),)
         given = inputs[0], inputs[1:2], inputs[2:3], *inputs[3:], own, padded, mask
         own, found = differentiate(*given, scale=scale, is_only=is_only, config=config)
-        new_sums = found if sums is None else found[0]
-        new_sums = jax.tree.map(lambda x: x[..., : key.shape[1], :, :head_dim], new_sums)
-    return Gradients(own if has_own_order else dq + in_order(own, scale)[:, :num_queries, :, :head_dim], new_sums)
+        new_sums = jax.tree.map(lambda x: _crop(x, key), found if sums is None else found[0])
+    return Gradients(own if has_own_order else dq + _crop(in_order(own, scale), dq), new_sums)
 
 
 def finished_d_query(dq: Float32[Array, "B T N H"], *, scale: float) -> Float32[Array, "B T N H"]:
@@ -160,7 +159,7 @@ def deterministic_backward(
     if is_only:
         dk, dv = dk.astype(key.dtype), dv.astype(key.dtype)
     dq = differentiate_queries(*inputs, _pad(dq, columns), mask, scale=scale)
-    return _crop(Gradients(dq, (dk, dv)), query, key)
+    return Gradients(_crop(dq, query), (_crop(dk, key), _crop(dv, key)))
 
 
 def _refuse(query: Float[Array, "B T N H"], scale: float) -> None:
@@ -184,9 +183,8 @@ def _pad_inputs(query, key, value, d_out, lse, delta, *, columns: int) -> _Input
     return query, key, value, d_out, lse, delta
 
 
-def _crop(gradients: Gradients, query: jax.Array, key: jax.Array) -> Gradients:
-    dq = gradients.dq[:, : query.shape[1], :, : query.shape[3]]
-    return Gradients(dq, jax.tree.map(lambda x: x[..., : key.shape[1], :, : key.shape[3]], gradients.sums))
+def _crop(x: Float[Array, "*B L N H"], like: Float[Array, "B T N columns"]) -> Float[Array, "*B T N columns"]:
+    return x[..., : like.shape[1], :, : like.shape[3]]
 
 
 def _pad(x: Float[Array, "B T N H"], columns: int) -> Float[Array, "B T8 N columns"]:

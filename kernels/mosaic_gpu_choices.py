@@ -171,7 +171,7 @@ def backward_tiles_apart(mask: BlockMask, num_steps: int, stretches: int) -> int
 
     The farther apart, the rarer two programs add to one tile of dQ at once, but the more of the queries is in use at a
     time. `num_steps` are the query tiles of a program, those of all its heads together; 2 to 6 apart were within 1 %
-    where there are few of them.
+    where there are few of them. A stretch of the queries is short enough for one place after the other.
     """
     if stretches > 1:
         return 1
