@@ -16,6 +16,23 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
+
+from ring_jax.kernels import mosaic_gpu_backward
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def taken_stretches(monkeypatch) -> list[int]:
+    """In how many stretches programs of the Hopper backward go through a head's queries, kernel by kernel."""
+    stretches: list[int] = []
+    decide = mosaic_gpu_backward.backward_stretches
+
+    def watched(*args):
+        stretches.append(decide(*args))
+        return stretches[-1]
+
+    monkeypatch.setattr(mosaic_gpu_backward, "backward_stretches", watched)
+    return stretches

@@ -280,32 +280,19 @@ def test_programs_that_begin_apart_agree_with_the_oracle(is_causal, monkeypatch,
     ids=["a cut off key tile", "a shared key tile"],
 )
 def test_programs_that_take_stretches_of_the_queries_agree_with_the_oracle(
-    queries, keys, heads, stretch_len, stretches, multiprocessors, monkeypatch, capfd
+    queries, keys, heads, stretch_len, stretches, multiprocessors, monkeypatch, capfd, taken_stretches
 ):
     """Of three tiles of keys the last is seen through the mask, or shared by programs that begin amid a stretch."""
     monkeypatch.setattr(mosaic_gpu_split, "MULTIPROCESSORS", multiprocessors)
     monkeypatch.setattr(mosaic_gpu_choices, "_STRETCH_LEN", stretch_len)
     monkeypatch.setattr(mosaic_gpu_choices, "_STEPS_FOR_STRETCHES", 1)
-    shared, taken = _watched_splits(monkeypatch), _watched_stretches(monkeypatch)
+    shared = _watched_splits(monkeypatch)
     case = Case(queries=queries, keys=keys, num_blocks=1, heads=heads, kv_heads=1, head_dim=128, is_causal=False)
     found = _interpreted(case, mosaic_gpu)
-    assert set(taken) == {stretches}
+    assert set(taken_stretches) == {stretches}
     assert set(shared) == ({1} if multiprocessors == 2 else set())
     assert failures(case, found) == []
     assert _races(capfd.readouterr().out) == []
-
-
-def _watched_stretches(monkeypatch) -> list[int]:
-    """In how many stretches programs will have gone through a head's queries, kernel by kernel."""
-    stretches: list[int] = []
-    decide = mosaic_gpu_backward.backward_stretches
-
-    def watched(*args):
-        stretches.append(decide(*args))
-        return stretches[-1]
-
-    monkeypatch.setattr(mosaic_gpu_backward, "backward_stretches", watched)
-    return stretches
 
 
 @pytest.mark.parametrize(

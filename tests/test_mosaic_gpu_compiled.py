@@ -80,7 +80,7 @@ def test_forward_with_ranges_of_steps_compiles_without_spills(head_dim, num_bloc
         *((128, kind) for kind in ("causal", "two of several blocks", "only block, long")),
     ],
 )
-def test_backward_with_shared_key_tiles_compiles_without_spills(head_dim, kind):
+def test_backward_with_shared_key_tiles_compiles_without_spills(head_dim, kind, taken_stretches):
     """8 key heads of 128 tiles, or half of them, are no multiple of 132. Beside their parts no array is made.
 
     Through the queries of a long block programs go by stretches.
@@ -102,7 +102,6 @@ def test_backward_with_shared_key_tiles_compiles_without_spills(head_dim, kind):
         return mosaic_gpu.backward(*args, scale=head_dim**-0.5, is_only=not is_even)
 
     query, key = array((1, tokens, heads, head_dim)), array((1, tokens, kv_heads, head_dim))
-    assert (_stretches(query, key) > 1) == kind.endswith("long")
     of_rows, k_shape = array((1, heads, tokens), jnp.float32), (8, at_once * tokens) if is_named else (tokens,)
     sums = array((1, 2, *key.shape[1:]), jnp.float32)
     sums = sums if at_once == 1 else (sums, sums)
@@ -111,6 +110,7 @@ def test_backward_with_shared_key_tiles_compiles_without_spills(head_dim, kind):
         *(array((tokens,), jnp.int32), array(k_shape, jnp.int32), array((), jnp.int32)),
     )
     compiled, usage = compile_mosaic(jax.jit(run, donate_argnums=(6, 7) if is_even else 6), *args)
+    assert set(taken_stretches) == {32 if kind.endswith("long") else 1}
     assert [use for use in usage if use.spills or use.serialized] == []
     places = [int(n) for n in re.findall(rf"f32\[(\d+),2,2,64,{head_dim}\]", compiled.as_text() or "")]
     assert places, "no key tile is shared"
@@ -124,16 +124,6 @@ def test_backward_with_shared_key_tiles_compiles_without_spills(head_dim, kind):
     assert memory.temp_size_in_bytes < 1.05 * places[0] * 4 * 4 * 64 * head_dim
     of_sums = sum(math.prod(x.shape) for x in jax.tree.leaves(sums))
     assert memory.alias_size_in_bytes == 4 * (math.prod(query.shape) + is_even * of_sums)
-
-
-def _stretches(query, key) -> int:
-    """In how many stretches programs go through a head's queries without a mask."""
-    positions = jnp.arange(8, dtype=jnp.int32)
-    mask = BlockMask(positions, positions, None, None, is_causal=False)
-    _, num_queries, heads, head_dim = query.shape
-    config = mosaic_gpu_choices.default_backward_config(head_dim)
-    num_steps = heads // key.shape[2] * num_queries // config.q_tile
-    return mosaic_gpu_choices.backward_stretches(mask, num_steps, num_queries, config)
 
 
 # What the masks of the kernels that are compiled below hold.

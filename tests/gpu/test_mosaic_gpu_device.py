@@ -62,16 +62,16 @@ def test_device_agrees_with_the_oracle(case, backward):
 
 
 @pytest.mark.parametrize(("keys", "shares"), [(132 * 128, False), (2048, True)])
-def test_stretches_of_the_queries_agree_with_the_oracle(keys, shares, monkeypatch):
+def test_stretches_of_the_queries_agree_with_the_oracle(keys, shares, monkeypatch, taken_stretches):
     monkeypatch.setattr(mosaic_gpu_choices, "_STRETCH_LEN", 256)
     monkeypatch.setattr(mosaic_gpu_choices, "_STEPS_FOR_STRETCHES", 1)
     positions = jnp.arange(8, dtype=jnp.int32)
     mask = BlockMask(positions, positions, None, None, is_causal=False)
-    assert mosaic_gpu_choices.backward_stretches(mask, 32, 1024, mosaic_gpu_choices.default_backward_config(128)) == 4
     assert (mosaic_gpu_choices.backward_splits(mask, 2, keys // 128, 1, 32) is not None) == shares
     case = Case(queries=1024, keys=keys, num_blocks=1, heads=4, kv_heads=2, head_dim=128, is_causal=False)
     run = jax.jit(lambda data: blocks(case)(mosaic_gpu, data), compiler_options=_OPTIONS)
     found = run(arrays(case))
+    assert set(taken_stretches) == {4}
     assert failures(case, {name: np.asarray(value) for name, value in found.items()}) == []
 
 
